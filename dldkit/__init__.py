@@ -1,0 +1,10 @@
+"""dldkit: speech recognisers whose encoder depth is chosen at run time."""
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Add dldkit's classes to ESPnet's choices; calling it again does nothing."""
+    from dldkit.registry import register as register_classes
+
+    register_classes()

@@ -1,0 +1,156 @@
+"""Recognition at a chosen depth: greedy CTC, or ESPnet's beam search."""
+
+import logging
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Optional, Sequence, Union
+from unittest import mock
+
+import numpy as np
+import torch
+from espnet2.bin import asr_inference as espnet_inference
+from espnet2.legacy.nets.beam_search import Hypothesis
+from espnet2.torch_utils.device_funcs import to_device
+
+import dldkit
+from dldkit.asr.loading import check_weights
+from dldkit.errors import UserError
+
+dldkit.register()
+
+DEPTH_PROFILE = "depth_profile.pth"
+
+
+class Speech2Text(espnet_inference.Speech2Text):
+    """ESPnet's Speech2Text with run-time depth and batched greedy CTC.
+
+    Every option of ESPnet's class, plus:
+
+    Args:
+        beam_size: 1 = greedy CTC; more = ESPnet's beam search.
+        depth: number of encoder layers to run; None = all.
+        layers: the layers themselves, instead of a depth.
+        selector: `even` or `prefix`, see `dldkit.depth.selector`.
+        depth_profile: a file, `auto` = depth_profile.pth beside the model if it is
+            there, None = the checkpoint's own statistics.
+
+    Raises:
+        UserError: for an impossible depth, or a checkpoint that does not fit.
+    """
+
+    def __init__(
+        self,
+        asr_train_config: Union[Path, str, None] = None,
+        asr_model_file: Union[Path, str, None] = None,
+        *,
+        beam_size: int = 1,
+        depth: Optional[int] = None,
+        layers: Optional[Sequence[int]] = None,
+        selector: str = "even",
+        depth_profile: Union[Path, str, None] = "auto",
+        **kwargs: Any,
+    ):
+        # ESPnet refuses batches for searches that are not its CTC/attention beam
+        # search; the greedy search below takes batches of any size.
+        super().__init__(
+            asr_train_config, asr_model_file, beam_size=max(beam_size, 2), **kwargs
+        )
+        self.greedy = beam_size == 1
+        if self.greedy and self.asr_model.ctc is None:
+            raise UserError("greedy search needs CTC: set --beam_size above 1")
+        self.selector = selector
+        if asr_model_file is not None:
+            check_weights(self.asr_model, asr_model_file)
+            profile = Path(asr_model_file).parent / DEPTH_PROFILE
+            if depth_profile == "auto":
+                depth_profile = profile if profile.is_file() else None
+        if depth_profile not in (None, "auto"):
+            self._dynamic_encoder().load_depth_profile(depth_profile)
+        if depth is not None or layers is not None:
+            self.set_depth(depth, layers)
+
+    def set_depth(
+        self, depth: Optional[int] = None, layers: Optional[Sequence[int]] = None
+    ) -> None:
+        """Choose the encoder layers of the utterances that follow."""
+        encoder = self._dynamic_encoder()
+        encoder.set_depth(depth, layers=layers, selector=self.selector)
+        logging.info(f"Encoder layers: {encoder.active_layers}")
+
+    def _dynamic_encoder(self):
+        encoder = self.asr_model.encoder
+        if not hasattr(encoder, "set_depth"):
+            raise UserError(
+                f"{type(encoder).__name__} has no run-time depth: train with encoder: "
+                "ld_conformer, ld_transformer, ld_branchformer or ld_e_branchformer"
+            )
+        return encoder
+
+    def __call__(self, speech):
+        """Recognise one utterance (Samples,), or a list of them."""
+        if not self.greedy:
+            return super().__call__(speech)
+        if isinstance(speech, (list, tuple)):
+            return self.batch_decode(speech)
+        return self.batch_decode([speech])[0]
+
+    @torch.no_grad()
+    def batch_decode(self, speech, speech_lengths=None):
+        """Recognise a batch; see ESPnet's Speech2Text.batch_decode."""
+        if not self.greedy:
+            return super().batch_decode(speech, speech_lengths)
+        if isinstance(speech, (list, tuple)):
+            speech = [torch.as_tensor(np.asarray(s)) for s in speech]
+            speech_lengths = torch.tensor([len(s) for s in speech])
+            speech = torch.nn.utils.rnn.pad_sequence(speech, batch_first=True)
+        # these two lines of an utterance are what ESPnet's calculate_rtf.py reads
+        for length in speech_lengths.tolist():
+            logging.info(f"speech length: {length}")
+        batch = {
+            "speech": speech.to(getattr(torch, self.dtype)),
+            "speech_lengths": speech_lengths,
+        }
+        encoded, lengths = self.asr_model.encode(**to_device(batch, self.device))
+        if isinstance(encoded, tuple):  # with intermediate outputs
+            encoded = encoded[0]
+        scores, tokens = self.asr_model.ctc.log_softmax(encoded).max(-1)
+        return [
+            [self._greedy_result(t[:length].tolist(), float(s[:length].sum()))]
+            for s, t, length in zip(scores, tokens, lengths.tolist())
+        ]
+
+    def _greedy_result(self, best_path: list[int], score: float):
+        blank, eos = self.asr_model.blank_id, self.asr_model.eos
+        token_int = [t for t, _ in groupby(best_path) if t not in (blank, eos)]
+        token = self.converter.ids2tokens(token_int)
+        text = self.tokenizer.tokens2text(token) if self.tokenizer else None
+        logging.info(f"best hypo: {''.join(token)}\n")
+        yseq = torch.tensor([self.asr_model.sos, *token_int, eos])
+        return text, token, token_int, Hypothesis(yseq=yseq, score=score)
+
+
+def inference(
+    depth: Optional[int],
+    layers: Optional[Sequence[int]],
+    selector: str,
+    depth_profile: Optional[str],
+    **espnet_options: Any,
+) -> None:
+    """Run ESPnet's `asr_inference` with the depth options of `Speech2Text`.
+
+    ESPnet's own loop reads data, decodes and writes; it looks its Speech2Text up by
+    name, which is where ours comes in.
+    """
+
+    class DepthSpeech2Text(Speech2Text):
+        def __init__(self, **kwargs):
+            super().__init__(
+                depth=depth,
+                layers=layers,
+                selector=selector,
+                depth_profile=depth_profile,
+                **kwargs,
+            )
+
+    with mock.patch.object(espnet_inference, "Speech2Text", DepthSpeech2Text):
+        espnet_inference.inference(**espnet_options)

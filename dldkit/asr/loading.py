@@ -1,0 +1,90 @@
+"""Trained ASR models, loaded with a check that their weights really arrived."""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Union
+
+import torch
+from espnet2.asr.espnet_model import ESPnetASRModel
+from espnet2.main_funcs.pack_funcs import unpack
+from espnet2.torch_utils.safe_torch_load import safe_torch_load
+
+from dldkit.errors import UserError
+
+
+def load_asr_model(
+    path: Union[str, Path], device: str = "cpu"
+) -> tuple[ESPnetASRModel, argparse.Namespace]:
+    """Load a trained ESPnet ASR model; return it in eval mode, and its config.
+
+    Args:
+        path: a checkpoint beside its config.yaml, an experiment directory, or a zip
+            that `espnet2.bin.pack asr` wrote.
+
+    Raises:
+        UserError: when there is no such model, or its weights do not fit its config.
+    """
+    path = Path(path)
+    if path.suffix == ".zip" and path.is_file():
+        # not through espnet_model_zoo: its cache serves a re-packed zip's old content
+        with tempfile.TemporaryDirectory() as directory:
+            contents = unpack(path, directory)
+            return _build(
+                contents["asr_train_config"], contents["asr_model_file"], device
+            )
+    checkpoint = find_checkpoint(path) if path.is_dir() else path
+    config = checkpoint.parent / "config.yaml"
+    for needed in (checkpoint, config):
+        if not needed.is_file():
+            raise UserError(
+                f"no {needed}: name a trained experiment directory, one of its "
+                "checkpoints, or a packed zip"
+            )
+    return _build(config, checkpoint, device)
+
+
+def find_checkpoint(directory: Path) -> Path:
+    """Return the averaged model of an experiment directory, else its best one.
+
+    Raises:
+        UserError: when there is none, or more than one to choose from.
+    """
+    for pattern in ("*.ave.pth", "*.best.pth"):
+        found = sorted(directory.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(
+                f"{directory} holds several models, name one of them: "
+                + ", ".join(str(f) for f in found)
+            )
+    raise UserError(f"no trained model (*.ave.pth, *.best.pth) in {directory}")
+
+
+def check_weights(model: torch.nn.Module, checkpoint: Union[str, Path]) -> None:
+    """Refuse a checkpoint that left weights of `model` untouched.
+
+    ESPnet loads with strict=False, so a checkpoint that fits nothing loads silently.
+
+    Raises:
+        UserError: naming the weights that the checkpoint lacks.
+    """
+    stored = safe_torch_load(checkpoint, map_location="cpu")
+    missing = sorted(set(model.state_dict()) - set(stored))
+    if missing:
+        raise UserError(
+            f"{checkpoint} lacks {len(missing)} of the model's weights "
+            f"({', '.join(missing[:3])} ...): it belongs to another config.yaml"
+        )
+
+
+def _build(config, checkpoint, device) -> tuple[ESPnetASRModel, argparse.Namespace]:
+    from dldkit.tasks.asr import DLDASRTask
+
+    try:
+        model, train_args = DLDASRTask.build_model_from_file(config, checkpoint, device)
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint} does not fit {config}: {error}") from error
+    check_weights(model, checkpoint)
+    return model.eval(), train_args

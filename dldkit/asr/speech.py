@@ -1,0 +1,50 @@
+"""Speech of a data directory, as a trained model takes it."""
+
+import argparse
+from pathlib import Path
+from typing import Union
+
+import numpy as np
+from espnet2.tasks.asr import ASRTask
+from espnet2.train.dataset import ESPnetDataset
+
+from dldkit.errors import UserError
+
+
+def speech_source(data_dir: Union[str, Path]) -> tuple[str, str, str]:
+    """Return ESPnet's path, name and type of the speech in a data directory.
+
+    Raises:
+        UserError: when there is neither wav.scp nor feats.scp.
+    """
+    for name, data_type in (("feats.scp", "kaldi_ark"), ("wav.scp", "sound")):
+        path = Path(data_dir) / name
+        if path.is_file():
+            return str(path), "speech", data_type
+    raise UserError(f"{data_dir} has neither wav.scp nor feats.scp: run stage 3 first")
+
+
+def utterance_ids(data_dir: Union[str, Path]) -> list[str]:
+    """Return the utterances of a data directory, in the order of its files."""
+    path, _, _ = speech_source(data_dir)
+    with open(path, encoding="utf-8") as scp:
+        return [line.split(maxsplit=1)[0] for line in scp if line.strip()]
+
+
+class SpeechReader:
+    """Reads utterances, preprocessed as the model's training did (without noise).
+
+    Args:
+        data_dir: with wav.scp or feats.scp.
+        train_args: the model's training config.
+    """
+
+    def __init__(self, data_dir: Union[str, Path], train_args: argparse.Namespace):
+        self.dataset = ESPnetDataset(
+            [speech_source(data_dir)],
+            preprocess=ASRTask.build_preprocess_fn(train_args, False),
+        )
+
+    def __call__(self, utt_id: str) -> np.ndarray:
+        """Return (Samples,) or (Time, Dim)."""
+        return self.dataset[utt_id][1]["speech"]

@@ -1,0 +1,171 @@
+"""N layer slots, and the rule that says which of them run now."""
+
+import random
+from pathlib import Path
+from typing import Optional, Sequence, Union
+
+import torch
+from espnet2.legacy.nets.pytorch_backend.transformer.repeat import MultiSequential
+
+from dldkit.depth.profile import DepthProfile, batch_norms
+from dldkit.depth.sampler import DepthSampler, FullSampler
+from dldkit.depth.selector import select_layers
+from dldkit.errors import UserError
+
+
+def _skip(*args):
+    return args
+
+
+class GatedLayers(MultiSequential):
+    """ESPnet's layer container, with slots that can be switched off.
+
+    ESPnet's encoders run their layers by iterating over the container, so iteration
+    yields a pass-through in place of a slot that is off: the layer is not called, and
+    the state dict's keys are those of the plain container.
+
+    Args:
+        layers: the encoder layers, called as `layer(x, mask)`.
+        sampler: draws the layers of each training step.
+        keep_final_norm: a skipped slot still applies its layer's final LayerNorm
+            (LDASR, EUSIPCO 2024); DLD's formula skips the whole layer.
+    """
+
+    def __init__(
+        self,
+        *layers: torch.nn.Module,
+        sampler: Optional[DepthSampler] = None,
+        keep_final_norm: bool = False,
+    ):
+        super().__init__(*layers)
+        if keep_final_norm and not all(hasattr(m, "norm_final") for m in layers):
+            raise UserError(
+                "keep_final_norm needs layers that end in a LayerNorm; those of this "
+                "encoder do not (ESPnet's Transformer): set keep_final_norm: false"
+            )
+        self.sampler = sampler or FullSampler()
+        self.sampler.draw(range(len(layers)), random.Random(0))  # refuses early
+        self.keep_final_norm = keep_final_norm
+        self.selected = tuple(range(len(layers)))
+        self._drawn: Optional[tuple[int, ...]] = None
+        self._rng: Optional[random.Random] = None
+        self._seed: Optional[int] = None
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The slots that run: those drawn in training, those selected otherwise."""
+        if self.training and self._drawn is not None:
+            return self._drawn
+        return self.selected
+
+    def select(self, layers: Sequence[int]) -> None:
+        """Choose the slots that run in evaluation and are drawn from in training."""
+        self.selected = tuple(layers)
+        self._drawn = None
+
+    def draw(self) -> None:
+        """Draw the slots of the next training step out of the selected ones."""
+        if self._rng is None:
+            self._follow_seed()
+        self._drawn = self.sampler.draw(self.selected, self._rng)
+
+    def _follow_seed(self) -> None:
+        # ESPnet seeds torch with `seed + epoch` on every rank before each epoch, and
+        # then calls train(). Gates that follow that seed through a generator of their
+        # own are the same on all ranks and after a resume, whatever else draws
+        # random numbers (dropout does, differently on each rank).
+        seed = torch.initial_seed()
+        if seed != self._seed:
+            self._seed = seed
+            self._rng = random.Random(seed)
+
+    def train(self, mode: bool = True) -> "GatedLayers":
+        super().train(mode)
+        if mode:
+            self._follow_seed()
+        return self
+
+    def __iter__(self):
+        active = set(self.active)
+        for slot, layer in enumerate(self._modules.values()):
+            if slot in active:
+                yield layer
+            elif self.keep_final_norm:
+                yield _FinalNorm(layer)
+            else:
+                yield _skip
+
+
+class _FinalNorm:
+    """A skipped layer of which only the final LayerNorm runs."""
+
+    def __init__(self, layer: torch.nn.Module):
+        self.norm = layer.norm_final
+
+    def __call__(self, x, mask):
+        if isinstance(x, tuple):  # with positional embedding
+            return (self.norm(x[0]), *x[1:]), mask
+        return self.norm(x), mask
+
+
+class DynamicDepth:
+    """Mixin of an encoder whose `encoders` are `GatedLayers`: depth at run time."""
+
+    encoders: GatedLayers
+    _profile: Optional[DepthProfile] = None
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """The slots that run now, in order."""
+        return self.encoders.active
+
+    def set_depth(
+        self,
+        depth: Optional[int] = None,
+        *,
+        layers: Optional[Sequence[int]] = None,
+        selector: str = "even",
+    ) -> None:
+        """Choose the layers that run at inference.
+
+        With an attached depth profile, a depth that is in the profile means the
+        profile's layers, and its calibrated statistics are applied. `set_depth()`
+        runs all layers with the statistics of the checkpoint.
+
+        Args:
+            depth: number of layers; None = all.
+            layers: the slots themselves, instead of a depth.
+            selector: `even` or `prefix`, for a depth that no profile lists.
+
+        Raises:
+            UserError: for a depth or a layer that the encoder does not have.
+        """
+        profile = self._profile
+        if depth is not None and layers is None and profile and depth in profile.depths:
+            layers, depth = profile.depths[depth].layers, None
+        chosen = select_layers(len(self.encoders), depth, layers, selector)
+        self.encoders.select(chosen)
+        if profile is not None:
+            asked = depth is not None or layers is not None
+            profile.apply(self, chosen if asked else None)
+
+    def load_depth_profile(self, path: Union[str, Path]) -> None:
+        """Attach the depth profile in `path` and keep running at the same layers.
+
+        Raises:
+            UserError: when the profile was made for another checkpoint.
+        """
+        self.detach_depth_profile()
+        self._profile = DepthProfile.load(path)
+        self._profile.attach(self, path)
+        self.set_depth(layers=self.encoders.selected)
+
+    def detach_depth_profile(self) -> None:
+        """Forget the depth profile and restore the checkpoint's own statistics."""
+        if self._profile is not None:
+            self._profile.apply(self, None)
+            self._profile = None
+
+    def uses_batch_norm(self) -> bool:
+        """Whether statistics can be calibrated at all."""
+        return bool(batch_norms(self))

@@ -1,0 +1,23 @@
+"""Errors that the user can mend, reported without a stack trace."""
+
+import functools
+import sys
+from typing import Callable
+
+
+class UserError(RuntimeError):
+    """Wrong input: the message says what was wrong, where, and what to do."""
+
+
+def report_user_errors(main: Callable) -> Callable:
+    """Make a command's `main` print a UserError on one line and exit with 1."""
+
+    @functools.wraps(main)
+    def reporting(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+    return reporting

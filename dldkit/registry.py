@@ -1,0 +1,22 @@
+"""The only place that touches ESPnet's class choices."""
+
+from espnet2.tasks.asr import encoder_choices, model_choices
+
+from dldkit.asr.encoder import (
+    LDBranchformerEncoder,
+    LDConformerEncoder,
+    LDEBranchformerEncoder,
+    LDTransformerEncoder,
+)
+from dldkit.asr.model import DLDModel
+
+
+def register() -> None:
+    """Add the public names of dldkit to ESPnet's encoder and model choices."""
+    encoder_choices.classes.update(
+        ld_conformer=LDConformerEncoder,
+        ld_transformer=LDTransformerEncoder,
+        ld_branchformer=LDBranchformerEncoder,
+        ld_e_branchformer=LDEBranchformerEncoder,
+    )
+    model_choices.classes.update(dld=DLDModel)

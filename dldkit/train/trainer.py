@@ -1,0 +1,100 @@
+"""ESPnet's trainer, made safe against a kill at any moment."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from espnet2.train.trainer import Trainer
+
+from dldkit.depth.sampler import FullSampler
+from dldkit.errors import UserError
+
+CHECKPOINT = "checkpoint.pth"
+
+
+class ResumableTrainer(Trainer):
+    """Replaces `checkpoint.pth` as a whole, and only when its epoch is complete.
+
+    ESPnet writes it in place, and before the epoch's model and links: a kill in
+    between loses the run, or resumes after an epoch whose model was never saved.
+    """
+
+    @classmethod
+    def run(cls, model, optimizers, schedulers, *args, trainer_options, **kwargs):
+        """Train; see ESPnet's Trainer.run.
+
+        Raises:
+            UserError: for distributed layer dropping without `unused_parameters`.
+        """
+        encoder_layers = getattr(getattr(model, "encoder", None), "encoders", None)
+        sampler = getattr(encoder_layers, "sampler", None)
+        if (
+            kwargs["distributed_option"].distributed
+            and sampler is not None
+            and not isinstance(sampler, FullSampler)
+            and not trainer_options.unused_parameters
+        ):
+            raise UserError(
+                "dropped layers get no gradient, which torch's distributed training "
+                "refuses: set unused_parameters: true"
+            )
+        checkpoint = _Checkpoint(trainer_options, kwargs["distributed_option"])
+        checkpoint.discard_pending()
+        with _atomic_saves():
+            super().run(
+                model,
+                optimizers,
+                schedulers,
+                *args,
+                trainer_options=trainer_options,
+                **kwargs,
+            )
+        checkpoint.commit()
+
+    @classmethod
+    def train_one_epoch(cls, *args, options, distributed_option, **kwargs):
+        """Train one epoch, once all files of the epoch before are in their place."""
+        _Checkpoint(options, distributed_option).commit()
+        return super().train_one_epoch(
+            *args, options=options, distributed_option=distributed_option, **kwargs
+        )
+
+
+class _Checkpoint:
+    """checkpoint.pth of a run, of which the first rank alone takes care."""
+
+    def __init__(self, options, distributed_option):
+        self.path = Path(options.output_dir) / CHECKPOINT
+        self.pending = _pending(self.path)
+        self.is_ours = (
+            not distributed_option.distributed or distributed_option.dist_rank == 0
+        )
+
+    def commit(self) -> None:
+        if self.is_ours and self.pending.exists():
+            self.pending.replace(self.path)
+
+    def discard_pending(self) -> None:
+        """Forget an epoch that was killed before its files were complete."""
+        if self.is_ours:
+            self.pending.unlink(missing_ok=True)
+
+
+def _pending(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + ".pending")
+
+
+@contextmanager
+def _atomic_saves():
+    """Let torch.save write files as a whole, and hold checkpoint.pth back."""
+    save = torch.save
+
+    def save_atomically(states, path, *args, **kwargs):
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        save(states, partial, *args, **kwargs)
+        partial.replace(_pending(path) if path.name == CHECKPOINT else path)
+
+    with mock.patch.object(torch, "save", save_atomically):
+        yield
