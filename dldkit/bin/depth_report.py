@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Report WER, CER, parameters, MACs and RTF of each system at each encoder depth."""
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Optional, Sequence
+
+from espnet2.utils.types import str_or_none
+
+from dldkit.asr.report import make_report
+from dldkit.depth.selector import SELECTORS
+from dldkit.errors import UserError, report_user_errors
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--system",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME=EXP",
+        help="systems to compare: the name in the table, and the experiment directory",
+    )
+    add("--data_root", required=True, help="where the test sets lie: dump/raw")
+    add("--test_sets", required=True, help='names of test sets: "a b"')
+    add("--depths", required=True, help='numbers of layers: "12 10 8 6 4 2"')
+    add("--inference_tag", required=True, help="results are in EXP/TAG/depthN/SET")
+    add("--inference_asr_model", required=True, help="the model file in EXP")
+    add("--output_dir", required=True, help="for RESULTS.md, results.json and the plot")
+    add("--selector", choices=list(SELECTORS), default="even", help="as in decoding")
+    add(
+        "--depth_profile",
+        type=str_or_none,
+        default="auto",
+        help="auto = the one beside the model, or none; as in decoding",
+    )
+    add("--frame_shift", type=float, default=0.01, help="seconds, for feats.scp")
+    add("--rtf_utts", type=int, default=20, help="utterances to time; 0: no RTF")
+    add("--rtf_repeats", type=int, default=5, help="how often each depth is timed")
+    add("--bootstrap", type=int, default=1000, help="samples for the 95 %% interval")
+    add("--seed", type=int, default=0, help="of the bootstrap samples")
+    return parser
+
+
+def parse_systems(systems: Sequence[str]) -> dict[str, Path]:
+    """Split NAME=EXP.
+
+    Raises:
+        UserError: no name or no directory, or a name given twice.
+    """
+    pairs = [system.partition("=") for system in systems]
+    for (name, _, exp), system in zip(pairs, systems):
+        if not name or not exp:
+            raise UserError(
+                f"--system {system}: write NAME=EXP, such as dld=exp/asr_dld"
+            )
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise UserError(f"--system: a name stands twice in {' '.join(names)}")
+    return {name: Path(exp) for name, _, exp in pairs}
+
+
+def parse_depths(depths: str) -> list[int]:
+    """Split "12 6 2".
+
+    Raises:
+        UserError: something that is not a number of layers, or no depth.
+    """
+    try:
+        numbers = [int(depth) for depth in depths.split()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(
+            f'--depths "{depths}": write numbers of layers, such as "12 6 2"'
+        )
+    return list(dict.fromkeys(numbers))
+
+
+@report_user_errors
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    """Run the command."""
+    args = vars(get_parser().parse_args(cmd))
+    # Not INFO: a line for every utterance would be timed with it.
+    logging.basicConfig(
+        level="WARNING", format="%(asctime)s %(levelname)s: %(message)s"
+    )
+    if not args["test_sets"].split():
+        raise UserError('--test_sets "": name at least one test set')
+    for name, least in (("rtf_utts", 0), ("rtf_repeats", 0), ("bootstrap", 1)):
+        if args[name] < least:
+            raise UserError(f"--{name} {args[name]}: it can not be less than {least}")
+    argv = sys.argv[1:] if cmd is None else cmd
+    args.update(
+        systems=parse_systems(args.pop("system")),
+        test_sets=args["test_sets"].split(),
+        depths=parse_depths(args["depths"]),
+        command=shlex.join(["python3", "-m", "dldkit.bin.depth_report", *argv]),
+    )
+    print(make_report(**args))
+    print(f"\nwritten: {Path(args['output_dir']) / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Keep a formatted directory's utterances of suitable length (stage 4)."""
+
+import argparse
+import logging
+
+from dldkit.data.length import filter_data
+from dldkit.errors import report_user_errors
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("src", help="data directory to read")
+    parser.add_argument("dst", help="data directory to write")
+    parser.add_argument(
+        "--min_length",
+        type=float,
+        default=0.1,
+        help="seconds of audio, or frames of features",
+    )
+    parser.add_argument("--max_length", type=float, default=20.0, help="as min_length")
+    parser.add_argument(
+        "--fs", type=int, help="sampling rate in Hz; default: asks the first file"
+    )
+    return parser
+
+
+@report_user_errors
+def main(cmd=None) -> None:
+    """Write the filtered directory."""
+    logging.basicConfig(
+        level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
+    )
+    args = get_parser().parse_args(cmd)
+    filter_data(args.src, args.dst, args.min_length, args.max_length, args.fs)
+
+
+if __name__ == "__main__":
+    main()

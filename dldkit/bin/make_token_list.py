@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""Make the token list, and the BPE model it needs (stage 5)."""
+
+import argparse
+import logging
+
+from dldkit.data.tokens import make_token_list
+from dldkit.errors import report_user_errors
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--token_type", choices=("char", "bpe", "word"), default="bpe")
+    parser.add_argument("--text", required=True, help="table: utterance, transcript")
+    parser.add_argument("--output", required=True, help="token list to write")
+    parser.add_argument("--nlsyms", help="file of symbols that are one token each")
+    parser.add_argument("--nbpe", type=int, default=256, help="number of BPE units")
+    parser.add_argument(
+        "--bpe_model_prefix", help="BPE model to write; default: beside the list"
+    )
+    parser.add_argument("--bpe_mode", choices=("unigram", "bpe"), default="unigram")
+    parser.add_argument("--character_coverage", type=float, default=1.0)
+    return parser
+
+
+@report_user_errors
+def main(cmd=None) -> None:
+    """Write the token list."""
+    logging.basicConfig(
+        level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
+    )
+    args = get_parser().parse_args(cmd)
+    make_token_list(**vars(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Refuse data directories whose tables do not agree."""
+
+import argparse
+import logging
+
+from dldkit.data.datadir import utterances
+from dldkit.errors import report_user_errors
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("directories", nargs="+", help="data directories")
+    return parser
+
+
+@report_user_errors
+def main(cmd=None) -> None:
+    """Check each directory; the first bad one ends with an error."""
+    logging.basicConfig(
+        level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
+    )
+    args = get_parser().parse_args(cmd)
+    for directory in args.directories:
+        logging.info(f"{directory}: {len(utterances(directory))} utterances")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data directories, audio formatting, features and token lists."""

@@ -1,0 +1,220 @@
+"""Data directories in ESPnet's layout: plain tables, read, written and checked."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from dldkit.errors import UserError
+
+PathLike = str | Path
+Table = dict[str, str]
+
+
+def read_table(path: PathLike, allow_empty: bool = False) -> Table:
+    """Read `key value` lines; with `allow_empty` the value may be missing.
+
+    Raises:
+        UserError: no such file, not UTF-8, a key without a value, or a key twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}")
+    if lines[-1] == "":  # after the final newline, which some corpora lack
+        lines.pop()
+    table: Table = {}
+    for number, line in enumerate(lines, 1):
+        key, value = [*line.split(maxsplit=1), "", ""][:2]
+        if not key or (not value and not allow_empty):
+            raise UserError(
+                f"{path}, line {number}: expected `key value`, got {line!r}"
+            )
+        if key in table:
+            raise UserError(f"{path}, line {number}: {key} is there twice")
+        table[key] = value.rstrip()
+    return table
+
+
+def write_table(path: PathLike, table: dict[str, object]) -> None:
+    """Write `key value` lines sorted by key (C locale), in one step.
+
+    The file appears only when it is complete, so a killed run leaves no half table.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as lines:
+        lines.writelines(f"{key} {table[key]}".rstrip() + "\n" for key in sorted(table))
+    part.replace(path)
+
+
+def write_data_dir(
+    directory: PathLike, source: str | None = None, **tables: dict[str, object]
+) -> None:
+    """Write the tables given by file name (`text=...`; `wav_scp` is wav.scp).
+
+    `spk2utt` is derived from `utt2spk`; `source` goes to `corpus_source`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        write_table(directory / name.replace("_scp", ".scp"), table)
+    if "utt2spk" in tables:
+        write_table(directory / "spk2utt", spk2utt(tables["utt2spk"]))
+    if source is not None:
+        (directory / "corpus_source").write_text(source + "\n", encoding="utf-8")
+
+
+def spk2utt(utt2spk: Table) -> Table:
+    """Turn `utt -> speaker` into `speaker -> utt utt ...`."""
+    utts: dict[str, list[str]] = {}
+    for utt in sorted(utt2spk):
+        utts.setdefault(utt2spk[utt], []).append(utt)
+    return {spk: " ".join(members) for spk, members in utts.items()}
+
+
+def read_source(directory: PathLike) -> str | None:
+    """Return the line that names the corpus, if the directory has one."""
+    path = Path(directory) / "corpus_source"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def subset_data_dir(src: PathLike, dst: PathLike, utts: Iterable[str]) -> None:
+    """Write `text`, `utt2spk`, `spk2utt`, `corpus_source` of `src` for `utts`."""
+    src, utts = Path(src), list(utts)
+    tables = {}
+    for name in ("text", "utt2spk"):
+        table = read_table(src / name, allow_empty=True)
+        tables[name] = {utt: table[utt] for utt in utts}
+    write_data_dir(dst, read_source(src), **tables)
+
+
+def utterances(directory: PathLike) -> list[str]:
+    """Return the utterance ids of a directory whose tables agree.
+
+    The ids are those of `segments`, else of `wav.scp`, else of `feats.scp`; every
+    other table must hold exactly them. Empty transcripts are allowed here: stage 3
+    and 4 drop them and say so.
+
+    Raises:
+        UserError: names the file, how many keys differ, and the first of them.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"data directory {directory} does not exist")
+    names = ("segments", "wav.scp", "feats.scp")
+    key_file = next((name for name in names if (directory / name).is_file()), None)
+    if key_file is None:
+        raise UserError(f"{directory} has neither wav.scp nor feats.scp")
+    keys = read_table(directory / key_file)
+    if not keys:
+        raise UserError(f"{directory / key_file} is empty")
+
+    if key_file == "segments":
+        recordings = {value.split()[0] for value in keys.values()}
+        _compare(directory, "wav.scp", "segments", recordings)
+    others = ["text", "utt2spk"]
+    optional = ("utt2speed", "utt2num_samples", "feats_shape")
+    others += [name for name in optional if (directory / name).is_file()]
+    if key_file != "feats.scp" and (directory / "feats.scp").is_file():
+        others.append("feats.scp")
+    for name in others:
+        _compare(directory, name, key_file, set(keys))
+
+    utt2spk = read_table(directory / "utt2spk")
+    if (directory / "spk2utt").is_file() and (
+        read_table(directory / "spk2utt") != spk2utt(utt2spk)
+    ):
+        raise UserError(
+            f"{directory / 'spk2utt'} does not agree with utt2spk: remove spk2utt, "
+            "or write it again from utt2spk"
+        )
+    return sorted(keys)
+
+
+def _compare(directory: Path, name: str, key_file: str, expected: set) -> None:
+    found = set(read_table(directory / name, allow_empty=name == "text"))
+    for keys, has, lacks in (
+        (found - expected, name, key_file),
+        (expected - found, key_file, name),
+    ):
+        if keys:
+            raise UserError(
+                f"{directory}: {lacks} lacks {len(keys)} key(s) that {has} has, first: "
+                f"{' '.join(sorted(keys)[:3])}; mend the data preparation"
+            )
+
+
+def report_dropped(directory: PathLike, dropped: dict[str, str], total: int) -> None:
+    """Write `dropped.txt` (`utt reason`) and log how many were dropped and why.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    path = Path(directory) / "dropped.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, dropped)
+    if not dropped:
+        return
+    first = ", ".join(f"{utt} ({dropped[utt]})" for utt in sorted(dropped)[:3])
+    message = f"dropped {len(dropped)} of {total} utterances, listed in {path}: {first}"
+    if len(dropped) == total:
+        raise UserError(f"no utterance is left; {message}")
+    logging.warning(message)
+
+
+class Marker:
+    """Says what a directory was made from: `.part` while it is written, then `.done`.
+
+    It holds the options and a digest of the input tables. So a finished step is
+    skipped, an interrupted one goes on, and one whose input changed starts anew.
+    """
+
+    def __init__(self, src: PathLike, dst: PathLike, **options):
+        self.dst = Path(dst)
+        tables = [path for path in sorted(Path(src).iterdir()) if path.is_file()]
+        inputs = {
+            path.name: hashlib.sha1(path.read_bytes()).hexdigest()
+            for path in tables
+            if not path.name.startswith(".") and path.name != "dropped.txt"
+        }
+        content = {"src": str(src), "inputs": inputs, "options": options}
+        self.content = json.dumps(content, sort_keys=True, indent=1)
+        self.done, self.part = self.dst / ".done", self.dst / ".part"
+
+    def is_done(self) -> bool:
+        """Say (and log) whether the directory is finished with these very inputs."""
+        finished = self._matches(self.done)
+        if finished:
+            logging.info(f"{self.dst} is finished already, kept")
+        return finished
+
+    def start(self) -> None:
+        """Make the directory ready, and empty unless an interrupted run goes on.
+
+        Raises:
+            UserError: it holds files that no earlier run of ours wrote.
+        """
+        if self._matches(self.part):
+            return
+        if self.dst.is_dir() and any(self.dst.iterdir()):
+            if not self.done.is_file() and not self.part.is_file():
+                raise UserError(
+                    f"{self.dst} exists and was not written by this step: remove it, "
+                    "or choose another destination"
+                )
+            shutil.rmtree(self.dst)
+        self.dst.mkdir(parents=True, exist_ok=True)
+        self.part.write_text(self.content)
+
+    def finish(self) -> None:
+        """Mark the directory as finished."""
+        self.part.replace(self.done)
+
+    def _matches(self, path: Path) -> bool:
+        return path.is_file() and path.read_text() == self.content

@@ -1,0 +1,247 @@
+"""Stage 3: bring every utterance of a data directory into one format."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dldkit.data.audio import BadAudio, convert, read_audio, write_audio
+from dldkit.data.datadir import (
+    Marker,
+    Table,
+    read_table,
+    report_dropped,
+    subset_data_dir,
+    utterances,
+    write_table,
+)
+from dldkit.errors import UserError
+from dldkit.parallel import parallel_map
+
+CHUNK = 500  # utterances per job, and per ark
+
+
+@dataclass(frozen=True)
+class Format:
+    """What stage 3 makes.
+
+    Attributes:
+        feats_type: `raw` (audio files), `fbank` (log mel energies in Kaldi arks) or
+            `extracted` (the `feats.scp` that the directory has, as it is).
+        fs: sampling rate in Hz of `raw`, and of the audio behind `fbank`.
+        audio_format: `flac` or `wav`, 16 bit.
+        n_mels: dimension of `fbank`.
+    """
+
+    feats_type: str = "raw"
+    fs: int = 16000
+    audio_format: str = "flac"
+    n_mels: int = 80
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Where an utterance comes from; times in seconds."""
+
+    id: str
+    path: str
+    start: float = 0.0
+    end: float | None = None
+    speed: float = 1.0
+
+
+@dataclass
+class Outcome:
+    """What came of some utterances: lines of tables, and what was dropped and why."""
+
+    entries: Table = field(default_factory=dict)  # for wav.scp or feats.scp
+    sizes: Table = field(default_factory=dict)  # for utt2num_samples or feats_shape
+    dropped: Table = field(default_factory=dict)
+    rates: dict[str, int] = field(default_factory=dict)  # Hz, before resampling
+
+    def update(self, other: "Outcome") -> None:
+        """Take over all lines of `other`."""
+        for name, table in vars(other).items():
+            getattr(self, name).update(table)
+
+
+def format_data(
+    src: str, dst: str, form: Format, nj: int = 1, parallel_config: str | None = None
+) -> None:
+    """Write `dst` from `src`; a finished `dst` is kept, an interrupted one goes on.
+
+    Utterances whose audio or features are missing, corrupt or empty, and those with an
+    empty transcript, are dropped: `dst/dropped.txt` lists them with the reason.
+
+    Raises:
+        UserError: `src` is inconsistent, or nothing in it can be used.
+    """
+    utts = utterances(src)
+    marker = Marker(src, dst, **asdict(form))
+    if marker.is_done():
+        return
+    marker.start()
+    logging.info(f"formatting {src} -> {dst}: {form.feats_type}")
+    text = read_table(Path(src) / "text", allow_empty=True)
+    spoken = [utt for utt in utts if text[utt]]
+    if form.feats_type == "extracted":
+        outcome = _check_extracted(src, spoken)
+    else:
+        entries = read_utterances(src, spoken)
+        chunks = [entries[i : i + CHUNK] for i in range(0, len(entries), CHUNK)]
+        work = partial(_format_chunk, dst=dst, form=form)
+        jobs, name = list(enumerate(chunks)), Path(src).name
+        outcome = Outcome()
+        for part in parallel_map(work, jobs, nj, f"format {name}", parallel_config):
+            outcome.update(part)
+    outcome.dropped.update((u, "empty transcript") for u in utts if not text[u])
+    report_dropped(dst, outcome.dropped, len(utts))
+    for rate in sorted(set(outcome.rates.values()) - {form.fs}):
+        logging.info(f"{src}: resampled from {rate} Hz to {form.fs} Hz")
+    _write_tables(src, Path(dst), form, outcome)
+    shutil.rmtree(Path(dst) / "chunks", ignore_errors=True)
+    marker.finish()
+
+
+def read_utterances(src: str, utts: list[str]) -> list[Utterance]:
+    """Join `wav.scp`, `segments` and `utt2speed` of a directory.
+
+    Raises:
+        UserError: an entry of `wav.scp` is a command, or a number is malformed.
+    """
+    directory = Path(src)
+    wavs = read_table(directory / "wav.scp")
+    for recording, path in wavs.items():
+        if path.endswith("|"):
+            raise UserError(
+                f"{directory / 'wav.scp'}: {recording} is a command; commands are not "
+                "run: write its output to a file and name that"
+            )
+    segments = _read_optional(directory / "segments")
+    speeds = _read_optional(directory / "utt2speed")
+    entries = []
+    for utt in utts:
+        try:
+            speed = float(speeds.get(utt, 1.0))
+            recording, *times = segments.get(utt, utt).split()
+            start, end = map(float, times) if times else (0.0, None)
+        except ValueError as error:
+            raise UserError(f"{directory}, segments or utt2speed of {utt}: {error}")
+        entries.append(Utterance(utt, wavs[recording], start, end, speed))
+    return entries
+
+
+def _read_optional(path: Path) -> Table:
+    return read_table(path) if path.is_file() else {}
+
+
+def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> Outcome:
+    """Write one chunk, and keep what came of it: a resumed run need not do it again.
+
+    A chunk that dropped something is not kept: its audio may have been mended since.
+    """
+    index, chunk = job
+    result = Path(dst) / "chunks" / f"{index}.json"
+    if result.is_file():  # an interrupted run got this far
+        return Outcome(**json.loads(result.read_text()))
+    write = _write_fbank if form.feats_type == "fbank" else _write_raw
+    outcome = write(chunk, Path(dst) / "data" / f"{index:05d}", form)
+    if not outcome.dropped:
+        result.parent.mkdir(exist_ok=True)
+        part = result.with_suffix(".part")
+        part.write_text(json.dumps(asdict(outcome)))
+        part.replace(result)
+    return outcome
+
+
+def _load(
+    chunk: list[Utterance], fs: int, outcome: Outcome
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield what is usable as (id, samples (Time,) at `fs` Hz); note what is not."""
+    for utt in chunk:
+        try:
+            samples, rate = read_audio(utt.path, utt.start, utt.end)
+            outcome.rates[utt.id] = rate
+            yield utt.id, convert(samples, rate, fs, utt.speed)
+        except BadAudio as error:
+            outcome.dropped[utt.id] = str(error)
+
+
+def _write_raw(chunk: list[Utterance], directory: Path, form: Format) -> Outcome:
+    outcome = Outcome()
+    directory.mkdir(parents=True, exist_ok=True)
+    for utt, samples in _load(chunk, form.fs, outcome):
+        # Ids may hold slashes; file names may not.
+        path = directory / f"{utt.replace('/', '_')}.{form.audio_format}"
+        write_audio(path, samples, form.fs)
+        outcome.entries[utt] = str(path)
+        outcome.sizes[utt] = str(len(samples))
+    return outcome
+
+
+def _write_fbank(chunk: list[Utterance], directory: Path, form: Format) -> Outcome:
+    """Write lhotse's Kaldi-compatible log mel energies, 25 ms windows every 10 ms."""
+    import kaldiio
+    from lhotse import Fbank, FbankConfig
+
+    outcome = Outcome()
+    directory.mkdir(parents=True, exist_ok=True)
+    extractor = Fbank(FbankConfig(sampling_rate=form.fs, num_mel_bins=form.n_mels))
+    ark, scp = directory / "feats.ark", directory / "feats.scp"
+    with kaldiio.WriteHelper(f"ark,scp:{ark},{scp}") as writer:
+        for utt, samples in _load(chunk, form.fs, outcome):
+            feats = extractor.extract(samples, form.fs)
+            writer(utt, feats)
+            outcome.sizes[utt] = f"{feats.shape[0]},{feats.shape[1]}"
+    outcome.entries = read_table(scp)
+    return outcome
+
+
+def _check_extracted(src: str, utts: list[str]) -> Outcome:
+    """Read the user's own features once, to check them and to learn their shapes."""
+    import kaldiio
+    from tqdm import tqdm
+
+    path = Path(src) / "feats.scp"
+    table = read_table(path)
+    speeds = _read_optional(path.with_name("utt2speed"))
+    if any(float(speed) != 1 for speed in speeds.values()):
+        raise UserError(f"{src}: extracted features can not be speed-perturbed")
+    outcome = Outcome()
+    dims: dict[int, str] = {}
+    for utt in tqdm(utts, desc=f"check {Path(src).name}"):
+        try:
+            feats = kaldiio.load_mat(table[utt])
+        except Exception as error:  # kaldiio raises whatever the bytes lead to
+            outcome.dropped[utt] = f"unreadable: {error}"
+            continue
+        if not isinstance(feats, np.ndarray) or feats.ndim != 2 or not feats.size:
+            outcome.dropped[utt] = "empty, or not a matrix of (frames, dim)"
+        elif not np.isfinite(feats).all():
+            outcome.dropped[utt] = "values that are not finite"
+        else:
+            dims.setdefault(feats.shape[1], utt)
+            outcome.entries[utt] = table[utt]
+            outcome.sizes[utt] = f"{feats.shape[0]},{feats.shape[1]}"
+    if len(dims) > 1:
+        found = ", ".join(f"{dim} ({utt})" for dim, utt in dims.items())
+        raise UserError(f"{path}: features of different dimensions: {found}")
+    return outcome
+
+
+def _write_tables(src: str, dst: Path, form: Format, outcome: Outcome) -> None:
+    subset_data_dir(src, dst, outcome.entries)
+    if form.feats_type == "raw":
+        write_table(dst / "wav.scp", outcome.entries)
+        write_table(dst / "utt2num_samples", outcome.sizes)
+    else:
+        write_table(dst / "feats.scp", outcome.entries)
+        write_table(dst / "feats_shape", outcome.sizes)
+        dim = next(iter(outcome.sizes.values())).split(",")[1]
+        (dst / "feats_dim").write_text(f"{dim}\n")
+    (dst / "feats_type").write_text(f"{form.feats_type}\n")

@@ -1,0 +1,66 @@
+"""Stage 4: no utterance that is too short or too long to train on."""
+
+import logging
+from pathlib import Path
+
+import soundfile
+
+from dldkit.data.datadir import (
+    Marker,
+    read_table,
+    report_dropped,
+    subset_data_dir,
+    utterances,
+    write_table,
+)
+
+
+def filter_data(
+    src: str,
+    dst: str,
+    min_length: float,
+    max_length: float,
+    fs: int | None = None,
+) -> None:
+    """Write `dst` with the utterances of formatted `src` of a suitable length.
+
+    Args:
+        min_length, max_length: inclusive bounds in seconds (audio) or frames
+            (features).
+        fs: sampling rate in Hz; None asks the first audio file.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    utts = utterances(src)
+    marker = Marker(src, dst, min_length=min_length, max_length=max_length, fs=fs)
+    if marker.is_done():
+        return
+    marker.start()
+    directory = Path(src)
+    raw = (directory / "utt2num_samples").is_file()
+    scp, sizes = ("wav.scp", "utt2num_samples") if raw else ("feats.scp", "feats_shape")
+    entries, size = read_table(directory / scp), read_table(directory / sizes)
+    text = read_table(directory / "text", allow_empty=True)
+    if raw and fs is None:
+        fs = soundfile.info(next(iter(entries.values()))).samplerate
+    scale, unit = (fs, "s") if raw else (1, "frames")
+    dropped = {}
+    for utt in utts:
+        length = int(size[utt].split(",")[0]) / scale
+        if not text[utt]:
+            dropped[utt] = "empty transcript"
+        elif length < min_length:
+            dropped[utt] = f"{length:g} {unit}, shorter than {min_length:g}"
+        elif length > max_length:
+            dropped[utt] = f"{length:g} {unit}, longer than {max_length:g}"
+    kept = [utt for utt in utts if utt not in dropped]
+    report_dropped(dst, dropped, len(utts))
+    subset_data_dir(src, dst, kept)
+    write_table(Path(dst) / scp, {utt: entries[utt] for utt in kept})
+    write_table(Path(dst) / sizes, {utt: size[utt] for utt in kept})
+    for name in ("feats_type", "feats_dim"):
+        if (directory / name).is_file():
+            (Path(dst) / name).write_text((directory / name).read_text())
+    logging.info(f"{dst}: kept {len(kept)} of {len(utts)} utterances")
+    marker.finish()

@@ -1,0 +1,51 @@
+"""Stage 2: the same utterances at other speeds."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from dldkit.data.datadir import (
+    Table,
+    read_source,
+    read_table,
+    utterances,
+    write_data_dir,
+)
+from dldkit.errors import UserError
+
+
+def perturb_speed(src: str, dst: str, factors: Sequence[str]) -> None:
+    """Write `dst` with every utterance once per speed factor.
+
+    Nothing is computed here: `utt2speed` tells stage 3 what to do. Utterances and
+    speakers at another speed than 1 are new ones, with the prefix `sp<factor>-`.
+
+    Raises:
+        UserError: a factor is not a positive number, or the directory has no audio.
+    """
+    utts = utterances(src)
+    directory = Path(src)
+    if not (directory / "wav.scp").is_file():
+        raise UserError(f"{src} has no wav.scp: only audio can be speed-perturbed")
+    names = ["text", "utt2spk"]
+    segmented = (directory / "segments").is_file()
+    names.append("segments" if segmented else "wav.scp")
+    old = {name: read_table(directory / name, allow_empty=True) for name in names}
+    new: dict[str, Table] = {name: {} for name in [*names, "utt2speed"]}
+    for factor in factors:
+        try:
+            speed = float(factor)
+        except ValueError:
+            speed = 0.0
+        if not speed > 0:
+            raise UserError(f"speed factor {factor!r} is not a positive number")
+        prefix = "" if speed == 1 else f"sp{factor}-"
+        for utt in utts:
+            for name in names:
+                value = old[name][utt]
+                new[name][prefix + utt] = prefix * (name == "utt2spk") + value
+            new["utt2speed"][prefix + utt] = str(speed)
+    if segmented:
+        new["wav.scp"] = read_table(directory / "wav.scp")
+    write_data_dir(dst, read_source(src), **new)
+    logging.info(f"{dst}: {len(utts)} utterances at speeds {' '.join(factors)}")
