@@ -1,0 +1,170 @@
+"""What recognition costs: parameters in use, MACs per second, real-time factor."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Sequence, Union
+
+import numpy as np
+import soundfile
+import torch
+from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
+from espnet2.train.abs_espnet_model import AbsESPnetModel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from dldkit.asr.speech import speech_source
+from dldkit.data.datadir import read_table
+from dldkit.errors import UserError
+
+
+def parameters_in_use(model: AbsESPnetModel) -> int:
+    """Count the parameters that greedy CTC recognition uses at the current depth.
+
+    They are those from the frontend to the CTC head, without skipped layers (whose
+    final LayerNorm stays if `keep_final_norm` is set) and without the decoder.
+    """
+    path = ("frontend", "normalize", "preencoder", "encoder", "postencoder", "ctc")
+    modules = [getattr(model, name, None) for name in path]
+    used = {p for module in modules if module is not None for p in module.parameters()}
+    if hasattr(model.encoder, "active_layers"):
+        slots = model.encoder.encoders
+        running: set[torch.nn.Parameter] = set()
+        for slot, layer in enumerate(slots.children()):
+            used.difference_update(layer.parameters())
+            if slot in slots.active:
+                running.update(layer.parameters())
+            elif slots.keep_final_norm:
+                running.update(layer.norm_final.parameters())
+        used |= running  # at the end: layers may share parameters
+    return sum(p.numel() for p in used)
+
+
+@torch.no_grad()
+def macs(model: AbsESPnetModel, speech: np.ndarray) -> int:
+    """Count the multiply-accumulates of one utterance, from the input to CTC.
+
+    Torch's counter sees matrix products and convolutions: the STFT, normalisation
+    and activations are left out. Two floating-point operations are one MAC.
+
+    Args:
+        speech: samples ``(Time,)`` or features ``(Time, Dim)``.
+
+    Raises:
+        UserError: the utterance is too short for the encoder's subsampling.
+    """
+    parameter = next(model.parameters())
+    batch = torch.as_tensor(speech, dtype=parameter.dtype, device=parameter.device)
+    lengths = torch.tensor([len(batch)], device=parameter.device)
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            encoded, _ = model.encode(batch[None], lengths)
+            if isinstance(encoded, tuple):  # with intermediate CTC outputs
+                encoded = encoded[0]
+            model.ctc.argmax(encoded)
+    except TooShortUttError as error:
+        raise UserError(
+            f"MACs are counted on an utterance of the test set's median length, but "
+            f"that one {error}"
+        )
+    return counter.get_total_flops() // 2
+
+
+def speech_seconds(
+    data_dir: Union[str, Path], frame_shift: float = 0.01
+) -> dict[str, float]:
+    """Return the duration of each utterance of a formatted directory, in order of it.
+
+    Args:
+        frame_shift: Seconds per frame, if the directory holds features.
+
+    Raises:
+        UserError: there is no speech, or its length can not be read.
+    """
+    scp, _, data_type = speech_source(data_dir)
+    seconds = {}
+    if data_type == "kaldi_ark":
+        for utt_id, shape in read_table(Path(data_dir) / "feats_shape").items():
+            seconds[utt_id] = int(shape.split(",")[0]) * frame_shift
+    else:
+        for utt_id, path in read_table(scp).items():
+            try:
+                seconds[utt_id] = soundfile.info(path).duration
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"{scp}: can not read {utt_id}: {error}")
+    if not seconds:
+        raise UserError(f"{data_dir} has no utterance")
+    return dict(sorted(seconds.items(), key=lambda item: (item[1], item[0])))
+
+
+def evenly_spaced(utt_ids: Sequence[str], number: int) -> list[str]:
+    """Pick `number` of the utterances, the middle of as many equal parts each.
+
+    Of utterances in order of length, one is that of median length, and more stand for
+    all lengths.
+    """
+    number = min(number, len(utt_ids))
+    return [utt_ids[(2 * i + 1) * len(utt_ids) // (2 * number)] for i in range(number)]
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Speech in memory, samples ``(Time,)`` or features ``(Time, Dim)``."""
+
+    speech: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TimedDecoder:
+    """A recogniser at one depth, to be timed on some utterances.
+
+    `prepare` sets the depth and is not timed; `decode` recognises one utterance.
+    """
+
+    prepare: Callable[[], object]
+    decode: Callable[[np.ndarray], object]
+    utterances: Sequence[Utterance]
+
+
+def real_time_factors(
+    decoders: Sequence[TimedDecoder], repeats: int = 5
+) -> list[list[float]]:
+    """Measure decoding time over audio time on one core, one utterance at a time.
+
+    All decoders take turns within each repeat, so that a drift of the machine's speed
+    hits them alike. A round over one utterance each warms up.
+
+    Returns:
+        For each decoder, `repeats` real-time factors in the order of measurement.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for decoder in decoders:
+            decoder.prepare()
+            middle = len(decoder.utterances) // 2
+            _time(decoder.decode, decoder.utterances[middle : middle + 1])
+        factors: list[list[float]] = [[] for _ in decoders]
+        with tqdm(total=repeats * len(decoders), desc="real-time factor") as bar:
+            for _ in range(repeats):
+                for decoder, measured in zip(decoders, factors):
+                    decoder.prepare()
+                    wall = _time(decoder.decode, decoder.utterances)
+                    audio = sum(u.seconds for u in decoder.utterances)
+                    measured.append(wall / audio)
+                    bar.update()
+        return factors
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _time(decode: Callable, utterances: Sequence[Utterance]) -> float:
+    start = time.perf_counter()
+    for utterance in utterances:
+        try:
+            decode(utterance.speech)
+        except TooShortUttError:
+            pass  # decoding writes an empty hypothesis for it
+    return time.perf_counter() - start
