@@ -1,0 +1,5 @@
+# shellcheck shell=bash
+# Where corpora lie on this machine. Empty: the recipe downloads its corpus into
+# downloads/. Set a path here or in the environment, which wins.
+export FSDD=${FSDD:-}               # Free Spoken Digit Dataset: the directory with recordings/
+export LIBRISPEECH=${LIBRISPEECH:-} # the directory that holds LibriSpeech/, or LibriSpeech/ itself

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Connected digits: the whole experiment on two CPU cores. `./run.sh --help` lists the
+# options; any of them can be given here, for example --local_data_opts "--source espeak".
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+../../TEMPLATE/asr1/asr.sh \
+    --train_set train \
+    --valid_set dev \
+    --test_sets "test_seen test_unseen" \
+    --fs 8000 \
+    --token_type char \
+    --max_wav_duration 15 \
+    --inference_depths "12 10 8 6 4 2" \
+    "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# LibriSpeech 100 h at the size of arXiv 2601.16117. `./run.sh --help` lists the options.
+# Set $LIBRISPEECH to a copy of the corpus, else the splits are downloaded (about 7.5 GB).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+../../TEMPLATE/asr1/asr.sh \
+    --train_set train_clean_100 \
+    --valid_set dev \
+    --test_sets "test_clean test_other dev_clean dev_other" \
+    --fs 16000 \
+    --token_type bpe \
+    --nbpe 256 \
+    --speed_perturb_factors "0.9 1.0 1.1" \
+    --max_wav_duration 30 \
+    --inference_depths "12 10 8 6 4 2" \
+    "$@"

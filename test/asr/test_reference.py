@@ -1,0 +1,307 @@
+import os
+
+import kaldiio
+import numpy as np
+import pytest
+import torch
+from espnet2.bin import pack
+
+from dldkit.asr.losses import CTCPosteriorKL
+from dldkit.asr.posteriors import collect_posteriors
+from dldkit.asr.reference import (
+    CachedReference,
+    LiveReference,
+    open_reference,
+    pack_posteriors,
+    unpack_posteriors,
+)
+from dldkit.errors import UserError
+
+STILL = dict(specaug=None, encoder_conf=dict(dropout_rate=0.0, depth_sampler="full"))
+
+
+@pytest.fixture
+def student(build):
+    """An untrained student; `DLDModel` opens its reference by `open_reference`."""
+    return build(encoder="ld_conformer", model="dld", **STILL)
+
+
+@pytest.fixture(scope="module")
+def cached(static, corpus):
+    """Return a function that gives the cached posteriors of `static`."""
+
+    def directory(top_k=None):
+        output = corpus.root / f"posteriors.{top_k}"
+        collect_posteriors(static, [corpus.train, corpus.dev], output, top_k)
+        return output
+
+    return directory
+
+
+def posteriors(reference, student, batch, *utts):
+    """Ask a reference for a batch; with the student's logits."""
+    utterances = batch(*utts)
+    speech = utterances["speech"], utterances["speech_lengths"]
+    with torch.no_grad():
+        encoded, lengths = student.eval().encode(*speech)
+    logits = student.ctc.ctc_lo(encoded)
+    return reference(*speech, lengths, utterances["utt_id"]), logits
+
+
+class TestSources:
+    def test_directory_checkpoint_and_zip_are_one(
+        self, static, student, batch, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(static)
+        options = ["--asr_train_config", "config.yaml"]
+        options += ["--asr_model_file", "valid.loss_ctc.ave.pth"]
+        pack.main(["asr", "--outpath", str(tmp_path / "static.zip"), *options])
+        monkeypatch.chdir(tmp_path)
+        model = torch.load(static / "valid.loss_ctc.ave.pth", weights_only=True)
+        results = []
+        for path in (static, static / "valid.loss_ctc.ave.pth", "static.zip"):
+            reference = open_reference(path, student)
+            assert isinstance(reference, LiveReference)
+            weight = reference.model.ctc.ctc_lo.weight
+            assert torch.equal(weight, model["ctc.ctc_lo.weight"])
+            results.append(posteriors(reference, student, batch, "a", "c")[0])
+        for result in results[1:]:
+            assert torch.equal(result.log_probs, results[0].log_probs)
+
+    def test_posteriors_are_log_probabilities(self, static, student, batch):
+        result, logits = posteriors(
+            open_reference(static, student), student, batch, "a", "c"
+        )
+        assert result.log_probs.shape == logits.shape
+        total = result.log_probs.exp().sum(-1)
+        assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
+
+    def test_a_dynamic_model_can_be_the_reference(self, build, tmp_path, batch):
+        """Its own reference is not asked for."""
+        conf = dict(reference=str(tmp_path / "gone"))
+        build(1, tmp_path / "old", encoder="ld_conformer", model="dld", model_conf=conf)
+        conf = dict(reference=str(tmp_path / "old"))
+        student = build(encoder="ld_conformer", model="dld", model_conf=conf)
+        assert student(**batch("a", "c"))[1]["loss_kd"] > 0
+        assert student.open_reference().model.encoder.active_layers == (0, 1, 2, 3)
+
+    def test_nothing_there(self, student, tmp_path):
+        with pytest.raises(UserError, match=f"no {tmp_path}/nothing"):
+            open_reference(tmp_path / "nothing", student)
+
+
+class TestRefusals:
+    """Each says which value differs."""
+
+    def refusal(self, build, student, directory, **changes):
+        build(directory=directory, **changes)
+        with pytest.raises(UserError) as error:
+            open_reference(directory, student)
+        assert str(directory) in str(error.value)
+        return str(error.value)
+
+    def test_another_token_list(self, build, student, corpus, tmp_path):
+        tokens = corpus.tokens.read_text().replace("three", "tree")
+        (tmp_path / "tokens.txt").write_text(tokens)
+        message = self.refusal(
+            build, student, tmp_path / "ref", token_list=str(tmp_path / "tokens.txt")
+        )
+        assert "token list" in message and "token 5 is ['tree'] there" in message
+        assert "['three'] here" in message
+
+    def test_a_shorter_token_list(self, build, student, corpus, tmp_path):
+        tokens = corpus.tokens.read_text().replace("nine\n", "")
+        (tmp_path / "tokens.txt").write_text(tokens)
+        message = self.refusal(
+            build, student, tmp_path / "ref", token_list=str(tmp_path / "tokens.txt")
+        )
+        assert "12 tokens, the student 13" in message
+
+    def test_another_sampling_rate(self, build, student, tmp_path):
+        message = self.refusal(
+            build, student, tmp_path / "ref", frontend_conf=dict(fs=16000)
+        )
+        assert "sampling rate: 16000 Hz, the student 8000 Hz" in message
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            dict(frontend_conf=dict(hop_length=160)),
+            dict(encoder_conf=dict(input_layer="conv2d6")),
+        ],
+    )
+    def test_another_frame_rate(self, build, student, tmp_path, changes):
+        message = self.refusal(build, student, tmp_path / "ref", **changes)
+        assert "frame rate" in message and "encoder frames" in message
+
+    def test_no_ctc(self, build, student, tmp_path):
+        message = self.refusal(
+            build,
+            student,
+            tmp_path / "ref",
+            model_conf=dict(ctc_weight=0.0),
+            decoder="transformer",
+        )
+        assert "no CTC posteriors" in message
+
+    def test_cached_posteriors_of_another_model(self, build, student, corpus, tmp_path):
+        build(directory=tmp_path / "ref", frontend_conf=dict(hop_length=160))
+        collect_posteriors(tmp_path / "ref", [corpus.dev], tmp_path / "cache")
+        with pytest.raises(UserError, match="frame rate"):
+            open_reference(tmp_path / "cache", student)
+
+    def test_features_of_another_frame_rate(self, build, tmp_path):
+        """Models that take features show their frame rate only when they run."""
+        features = dict(frontend=None, input_size=20, normalize=None)
+        slow = dict(encoder_conf=dict(input_layer="conv2d6"))
+        build(directory=tmp_path / "ref", **features, **slow)
+        conf = dict(reference=str(tmp_path / "ref"))
+        student = build(
+            encoder="ld_conformer", model="dld", model_conf=conf, **features
+        )
+        batch = dict(
+            speech=torch.randn(2, 90, 20),
+            speech_lengths=torch.tensor([90, 70]),
+            text=torch.tensor([[2, 3], [4, 5]]),
+            text_lengths=torch.tensor([2, 2]),
+            utt_id=["a", "b"],
+        )
+        message = r"\[14, 10\] frames where the student gives \[21, 16\].*'a', 'b'"
+        with pytest.raises(UserError, match=message):
+            student(**batch)
+
+
+class TestCached:
+    def test_gives_the_same_loss_as_the_live_reference(
+        self, static, cached, student, batch
+    ):
+        """Alone, an utterance differs just by the cache's float16."""
+        live = open_reference(static, student)
+        cache = open_reference(cached(), student)
+        assert isinstance(cache, CachedReference)
+        for utts in (["a"], ["c"], ["x"]):
+            a, logits = posteriors(live, student, batch, *utts)
+            b, _ = posteriors(cache, student, batch, *utts)
+            assert torch.allclose(a.log_probs, b.log_probs, atol=5e-3)
+            for direction in ("forward", "reverse", "symmetric"):
+                for temperature in (1.0, 2.0):
+                    loss = CTCPosteriorKL(temperature, direction)
+                    assert loss(logits, b).item() == pytest.approx(
+                        loss(logits, a).item(), rel=2e-3
+                    )
+
+    def test_gives_the_same_loss_in_a_padded_batch(self, static, cached, build, batch):
+        losses = []
+        for reference in (static, cached()):
+            conf = dict(reference=str(reference))
+            student = build(
+                encoder="ld_conformer", model="dld", model_conf=conf, **STILL
+            )
+            utterances = batch("a", "c", "f", "x")
+            assert len(set(utterances["speech_lengths"].tolist())) > 1
+            losses.append(student(**utterances)[1]["loss_kd"].item())
+        assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+    @pytest.mark.parametrize("top_k", [3, 8, 12])
+    def test_top_tokens_give_nearly_the_same_loss(
+        self, static, cached, student, batch, top_k
+    ):
+        a, logits = posteriors(open_reference(static, student), student, batch, "c")
+        b, _ = posteriors(open_reference(cached(top_k), student), student, batch, "c")
+        assert b.log_probs.shape[-1] == top_k + 1
+        assert torch.equal(b.tokens[0], a.log_probs[0].topk(top_k).indices)
+        total = b.log_probs.exp().sum(-1)
+        assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
+        loss = CTCPosteriorKL()
+        full, cut = loss(logits, a).item(), loss(logits, b).item()
+        assert cut == pytest.approx(full, rel=0.01 if top_k == 12 else 0.3)
+        assert cut <= full * 1.01
+
+    def test_finds_utterances_by_name(self, cached, student, batch):
+        cache = open_reference(cached(), student)
+        (ac, _), (ca, _) = (
+            posteriors(cache, student, batch, *utts) for utts in ("ac", "ca")
+        )
+        for row, utt in enumerate("ac"):
+            frames = int(ac.lengths[row])
+            assert torch.equal(
+                ac.log_probs[row, :frames], ca.log_probs[1 - row, :frames]
+            )
+            stored = kaldiio.load_scp(str(cached() / "posteriors.scp"))[utt]
+            assert np.array_equal(ac.log_probs[row, :frames].numpy(), stored)
+
+    def test_refuses_a_missing_utterance(
+        self, static, corpus, student, batch, tmp_path
+    ):
+        collect_posteriors(static, [corpus.dev], tmp_path / "cache")
+        cache = open_reference(tmp_path / "cache", student)
+        with pytest.raises(UserError, match=f"utterance a in {tmp_path}/cache"):
+            posteriors(cache, student, batch, "x", "a")
+
+    def test_refuses_an_entry_of_another_size(self, cached, student, batch):
+        cache = open_reference(cached(), student)
+        utterances = batch("c")
+        stored = len(cache.matrices["c"])
+        message = f"utterance c .* {stored} frames, the student {stored + 2}"
+        with pytest.raises(UserError, match=message):
+            cache(
+                utterances["speech"],
+                utterances["speech_lengths"],
+                torch.tensor([stored + 2]),
+                ["c"],
+            )
+
+    def test_refuses_a_batch_without_names(self, cached, student, batch):
+        cache = open_reference(cached(), student)
+        speech = batch("a")["speech"]
+        with pytest.raises(UserError, match="utt_id"):
+            cache(speech, torch.tensor([9]), torch.tensor([9]), None)
+
+    def test_refuses_a_temperature_with_top_tokens(self, cached, build, batch):
+        conf = dict(reference=str(cached(3)), kd_temperature=2.0)
+        student = build(encoder="ld_conformer", model="dld", model_conf=conf)
+        with pytest.raises(UserError, match="kd_temperature .*--top_k"):
+            student(**batch("a"))
+
+    def test_can_be_read_by_data_loading_workers(self, cached, student, batch):
+        cache = open_reference(cached(), student)
+        before, _ = posteriors(cache, student, batch, "a", "c")
+        child = os.fork()
+        if child == 0:
+            cache.matrices["x"]
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        after, _ = posteriors(cache, student, batch, "a", "c")
+        assert torch.equal(before.log_probs, after.log_probs)
+
+
+class TestStorage:
+    @pytest.fixture
+    def log_probs(self):
+        generator = torch.Generator().manual_seed(0)
+        return (4 * torch.randn(30, 50, generator=generator)).log_softmax(-1)
+
+    def test_all_tokens_as_float16(self, log_probs):
+        matrix = pack_posteriors(log_probs, None)
+        assert matrix.dtype == np.float16 and matrix.shape == (30, 50)
+        values, tokens = unpack_posteriors(matrix, None)
+        assert tokens is None and values.dtype == torch.float32
+        assert torch.allclose(values, log_probs, rtol=1e-3)
+
+    @pytest.mark.parametrize("top_k", [1, 5, 49])
+    def test_top_tokens(self, log_probs, top_k):
+        matrix = pack_posteriors(log_probs, top_k)
+        assert matrix.dtype == np.uint16 and matrix.shape == (30, 2 * top_k)
+        values, tokens = unpack_posteriors(matrix, top_k)
+        order = log_probs.numpy().argsort(-1)[:, ::-1][:, :top_k]
+        assert np.array_equal(tokens.numpy(), order)
+        kept = np.take_along_axis(log_probs.numpy(), order, -1)
+        assert np.allclose(values[:, :-1].numpy(), kept, atol=5e-3)
+        rest = 1 - np.exp(kept).sum(-1)
+        assert np.allclose(values[:, -1].exp().numpy(), rest, atol=2e-3)
+
+    def test_a_certain_frame_leaves_almost_nothing_for_the_rest(self):
+        log_probs = torch.tensor([[0.0, -30.0, -40.0]]).log_softmax(-1)
+        values, _ = unpack_posteriors(pack_posteriors(log_probs, 1), 1)
+        assert torch.isfinite(values).all()
+        assert values[0, -1] < -15

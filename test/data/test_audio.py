@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import soundfile
+
+from dldkit.data.audio import BadAudio, convert, read_audio, write_audio
+from dldkit.data.datadir import read_table
+
+
+@pytest.fixture(scope="module")
+def recording(an4) -> str:
+    """A real recording: NIST SPHERE, 16 kHz."""
+    return read_table(an4 / "test" / "wav.scp")["fcaw-cen8-fcaw-b"]
+
+
+def peak_frequency(samples: np.ndarray, fs: int) -> float:
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
+    return np.argmax(spectrum) * fs / len(samples)
+
+
+def tone(frequency: float, fs: int, seconds: float = 1.0) -> np.ndarray:
+    time = np.arange(round(seconds * fs)) / fs
+    return (0.5 * np.sin(2 * np.pi * frequency * time)).astype(np.float32)
+
+
+def test_reads_sphere_as_its_raw_bytes_say(recording):
+    samples, fs = read_audio(recording)
+    with open(recording, "rb") as raw:
+        truth = np.frombuffer(raw.read()[1024:], dtype="<i2")
+    assert fs == 16000 and samples.dtype == np.float32
+    np.testing.assert_array_equal(samples * 32768, truth)
+
+
+def test_reads_a_segment(recording):
+    whole, fs = read_audio(recording)
+    part, _ = read_audio(recording, 0.5, 1.25)
+    np.testing.assert_array_equal(part, whole[fs // 2 : fs + fs // 4])
+
+
+def test_segment_may_end_late_by_rounding_only(recording):
+    whole, fs = read_audio(recording)
+    end = len(whole) / fs
+    part, _ = read_audio(recording, end - 0.5, end + 0.01)
+    np.testing.assert_array_equal(part, whole[-fs // 2 :])
+    for start, stop in (
+        (0, end + 1),
+        (end + 0.01, end + 0.02),
+        (1, 1),
+        (2, 1),
+        (-1, 1),
+    ):
+        with pytest.raises(BadAudio, match="segment"):
+            read_audio(recording, start, stop)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_written_16_bit_audio_is_bit_exact(recording, tmp_path, suffix):
+    samples, fs = read_audio(recording)
+    extremes = np.array([-1, 32767 / 32768], dtype=np.float32)
+    samples = np.concatenate([samples, extremes])
+    write_audio(tmp_path / f"a.{suffix}", samples, fs)
+    again, rate = read_audio(str(tmp_path / f"a.{suffix}"))
+    assert rate == fs
+    np.testing.assert_array_equal(again, samples)
+
+
+def test_writing_clips(tmp_path):
+    write_audio(tmp_path / "a.wav", np.array([-3.0, 3.0], dtype=np.float32), 8000)
+    integers, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    assert integers.tolist() == [-32768, 32767]
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "sph"])
+@pytest.mark.parametrize("keep", [0.3, 0.999])
+def test_truncated_audio_is_bad(recording, tmp_path, suffix, keep):
+    samples, fs = read_audio(recording)
+    path = tmp_path / f"a.{suffix}"
+    write = dict(format="NIST") if suffix == "sph" else {}
+    soundfile.write(path, samples, fs, subtype="PCM_16", **write)
+    assert len(read_audio(str(path))[0]) == len(samples)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(BadAudio, match="truncated|unreadable"):
+        read_audio(str(path))
+
+
+def test_streamed_wav_of_unknown_size_is_good(recording, tmp_path):
+    samples, fs = read_audio(recording)
+    path = tmp_path / "a.wav"
+    write_audio(path, samples, fs)
+    content = bytearray(path.read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read_audio(str(path))[0], samples)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "no such file"),
+        (b"", "unreadable"),
+        (b"this is no audio" * 99, "unreadable"),
+        (np.zeros((0,)), "no samples"),
+        (np.zeros((800, 2)), "2 channels"),
+        (np.full(800, np.nan), "not finite"),
+    ],
+)
+def test_bad_audio_has_its_reason(tmp_path, content, reason):
+    path = tmp_path / "a.wav"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        soundfile.write(path, content, 8000, subtype="FLOAT")
+    with pytest.raises(BadAudio, match=reason):
+        read_audio(str(path))
+
+
+@pytest.mark.parametrize("fs, target", [(8000, 16000), (44100, 16000), (16000, 8000)])
+def test_resampling_keeps_duration_and_pitch(fs, target):
+    converted = convert(tone(1000, fs), fs, target)
+    assert abs(len(converted) - target) <= 1
+    assert abs(peak_frequency(converted, target) - 1000) < 2
+    np.testing.assert_allclose(
+        converted[200:-200], tone(1000, target)[200 : len(converted) - 200], atol=0.02
+    )
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.1])
+@pytest.mark.parametrize("fs, target", [(8000, 8000), (16000, 8000)])
+def test_speed_changes_duration_and_pitch(fs, target, speed):
+    converted = convert(tone(1000, fs), fs, target, speed)
+    assert abs(len(converted) - target / speed) <= 2
+    assert abs(peak_frequency(converted, target) - 1000 * speed) < 2
+
+
+def test_nothing_to_convert_changes_nothing(recording):
+    samples, fs = read_audio(recording)
+    assert convert(samples, fs, fs) is samples

@@ -1,0 +1,224 @@
+"""The digits recipe: always with espeak-ng, with real recordings where $FSDD is set."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from dldkit.data.datadir import read_table, utterances
+
+pytestmark = pytest.mark.integration
+
+REPO = Path(__file__).resolve().parents[2]
+SIZES = dict(train=60, dev=12, test_seen=15, test_unseen=9)
+UNSEEN = {"fsdd": "theo", "espeak": "eve"}
+
+
+@pytest.fixture(scope="module")
+def digits(recipe):
+    return recipe("digits")
+
+
+@pytest.fixture(scope="module", params=["espeak", "fsdd"])
+def source(request):
+    if request.param == "fsdd" and not os.environ.get("FSDD"):
+        pytest.skip("FSDD is not set")
+    return request.param
+
+
+def arguments(root: Path) -> list[str]:
+    sizes = [f"--num_{name}={size}" for name, size in SIZES.items()]
+    return [f"--data_dir={root}/data", f"--download_dir={root}/downloads", *sizes]
+
+
+def make(digits, root: Path, *options: str) -> Path:
+    digits.main([*arguments(root), *options])
+    return root / "data"
+
+
+def make_in_new_process(digits, root: Path, *options: str) -> Path:
+    command = [sys.executable, digits.__file__, *arguments(root), *options]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(REPO)})
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def corpus(digits, source, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp(source)
+    return make_in_new_process(digits, root, f"--source={source}")
+
+
+def recordings_of(directory: Path) -> set[str]:
+    return {
+        recording
+        for used in read_table(directory / "utt2recordings").values()
+        for recording in used.split()
+    }
+
+
+def test_sets_are_complete_and_consistent(corpus, source):
+    line = {"fsdd": "FSDD, real recordings", "espeak": "synthesised speech"}[source]
+    for name, size in SIZES.items():
+        assert len(utterances(corpus / name)) == size
+        assert line in (corpus / name / "corpus_source").read_text()
+
+
+def test_no_recording_is_shared(corpus):
+    used = {name: recordings_of(corpus / name) for name in SIZES}
+    for name in SIZES:
+        for other in set(SIZES) - {name}:
+            assert not used[name] & used[other], (name, other)
+
+
+def test_one_speaker_is_unseen(corpus, source):
+    speakers = {n: set(read_table(corpus / n / "utt2spk").values()) for n in SIZES}
+    assert speakers["test_unseen"] == {UNSEEN[source]}
+    assert len(speakers["train"]) == 5 and UNSEEN[source] not in speakers["train"]
+    assert speakers["dev"] == speakers["test_seen"] == speakers["train"]
+    for name in ("train", "dev", "test_seen"):
+        assert {r.split("_")[1] for r in recordings_of(corpus / name)} == speakers[name]
+
+
+def test_text_says_what_was_strung_together(corpus, digits):
+    counts = set()
+    for name in SIZES:
+        text = read_table(corpus / name / "text")
+        speakers = read_table(corpus / name / "utt2spk")
+        for utt, used in read_table(corpus / name / "utt2recordings").items():
+            parts = [recording.split("_") for recording in used.split()]
+            assert text[utt].split() == [digits.WORDS[int(part[0])] for part in parts]
+            assert {part[1] for part in parts} == {speakers[utt]}
+            counts.add(len(parts))
+    assert counts == {3, 4, 5, 6, 7}
+
+
+def test_audio_is_the_recordings_in_order(corpus, source):
+    """Each recording is found in the audio, after the one before it."""
+    folder = corpus.parent / "downloads" / "espeak_digits"
+    if source == "fsdd":
+        folder = Path(os.environ["FSDD"])
+        folder = folder / "recordings" if (folder / "recordings").is_dir() else folder
+    for name in SIZES:
+        wavs = read_table(corpus / name / "wav.scp")
+        used = read_table(corpus / name / "utt2recordings")
+        for utt in list(used)[:5]:
+            audio, fs = soundfile.read(wavs[utt])
+            assert fs == 8000
+            end = 0
+            for recording in used[utt].split():
+                digit, _ = soundfile.read(folder / f"{recording}.wav")
+                window = audio[end : end + fs // 5 + len(digit)]
+                errors = [
+                    np.abs(window[start : start + len(digit)] - digit).mean()
+                    for start in range(len(window) - len(digit) + 1)
+                ]
+                gap = int(np.argmin(errors))
+                assert min(errors) < 1e-3 and gap >= 0.03 * fs
+                end += gap + len(digit)
+            assert 0.03 * fs <= len(audio) - end <= 0.2 * fs
+
+
+def checksums(root: Path) -> dict[str, str]:
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(root)): hashlib.sha256(
+            path.read_bytes().replace(str(root).encode(), b"")
+        ).hexdigest()
+        for path in files
+    }
+
+
+def test_same_seed_same_bytes(corpus, digits, source, tmp_path):
+    again = make_in_new_process(digits, tmp_path / "again", f"--source={source}")
+    assert checksums(again) == checksums(corpus)
+    make(digits, tmp_path / "again", f"--source={source}")  # and over itself
+    assert checksums(again) == checksums(corpus)
+    other = make(digits, tmp_path / "again", f"--source={source}", "--seed=1")
+    assert (other / "train/text").read_text() != (corpus / "train/text").read_text()
+
+
+def test_a_smaller_set_is_the_beginning_of_a_larger(corpus, digits, source, tmp_path):
+    small = make(digits, tmp_path, f"--source={source}", "--num_train=10")
+    train, whole = (read_table(root / "train/text") for root in (small, corpus))
+    assert train.items() <= whole.items() and len(train) == 10
+    for name in ("dev", "test_seen", "test_unseen"):
+        assert read_table(small / name / "text") == read_table(corpus / name / "text")
+
+
+def test_another_speaker_can_be_kept_out(digits, source, tmp_path, capsys):
+    name = {"fsdd": "lucas", "espeak": "bob"}[source]
+    root = make(digits, tmp_path, f"--source={source}", f"--unseen_speaker={name}")
+    assert set(read_table(root / "test_unseen/utt2spk").values()) == {name}
+    with pytest.raises(SystemExit):
+        make(digits, tmp_path, f"--source={source}", "--unseen_speaker=nobody")
+    assert "--unseen_speaker nobody: choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source_option", ["auto", "fsdd"])
+def test_a_wrong_fsdd_is_an_error_never_a_silent_fallback(
+    digits, tmp_path, monkeypatch, capsys, source_option
+):
+    def error() -> str:
+        with pytest.raises(SystemExit):
+            make(digits, tmp_path, f"--source={source_option}")
+        assert not (tmp_path / "data").exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    monkeypatch.setenv("FSDD", str(tmp_path / "missing"))
+    assert f"{tmp_path}/missing is not a directory" in error()
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "0_george_0.wav").touch()
+    monkeypatch.setenv("FSDD", str(tmp_path / "part"))
+    assert "lacks 2999 of FSDD's 3000 recordings, first: 0_george_1.wav" in error()
+
+
+def test_without_network(digits, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.delenv("FSDD", raising=False)
+    monkeypatch.setattr(digits, "URL", (tmp_path / "gone.tar.gz").as_uri())
+    with pytest.raises(SystemExit):
+        make(digits, tmp_path, "--source=fsdd")
+    assert "set FSDD to a copy" in capsys.readouterr().err
+    root = make(digits, tmp_path, "--source=auto")
+    assert "using synthesised speech instead" in caplog.text
+    assert "synthesised" in (root / "train/corpus_source").read_text()
+
+
+def test_download_is_checked_and_kept(digits, source, tmp_path, monkeypatch, capsys):
+    """The archive comes from a file:// address; GitHub names its folder this way."""
+    if source != "fsdd":
+        pytest.skip("nothing to download")
+    folder = Path(os.environ["FSDD"])
+    folder = folder / "recordings" if (folder / "recordings").is_dir() else folder
+    archive = tmp_path / "archive.tar.gz"
+    monkeypatch.delenv("FSDD")
+    monkeypatch.setattr(digits, "URL", archive.as_uri())
+
+    def pack(spoil: bool) -> None:
+        with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+            for path in sorted(folder.glob("*.wav")):
+                wrong = spoil and path.name == "5_theo_7.wav"
+                content = folder / "5_theo_8.wav" if wrong else path
+                tar.add(content, f"free-spoken-digit-dataset-x/recordings/{path.name}")
+
+    pack(spoil=True)
+    with pytest.raises(SystemExit):
+        make(digits, tmp_path)
+    assert "not those of the pinned commit" in capsys.readouterr().err
+    assert not list((tmp_path / "downloads").iterdir())
+    pack(spoil=False)
+    complete = archive.read_bytes()
+    archive.write_bytes(complete[: len(complete) // 2])  # the line breaks down
+    with pytest.raises(SystemExit):
+        make(digits, tmp_path, "--source=fsdd")
+    assert "can not be downloaded" in capsys.readouterr().err
+    archive.write_bytes(complete)
+    root = make(digits, tmp_path)
+    assert "FSDD, real" in (root / "train/corpus_source").read_text()
+    archive.unlink()
+    make(digits, tmp_path, "--source=fsdd")  # no second download

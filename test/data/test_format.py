@@ -1,0 +1,275 @@
+import shutil
+
+import kaldiio
+import numpy as np
+import pytest
+import soundfile
+from espnet2.train.dataset import kaldi_loader, sound_loader
+
+import dldkit.data.format as format_module
+from dldkit.bin.format_data import main
+from dldkit.data.audio import read_audio
+from dldkit.data.datadir import read_table, write_table
+from dldkit.data.format import Format, format_data
+from dldkit.data.speed import perturb_speed
+from dldkit.errors import UserError
+
+
+@pytest.fixture
+def train(an4, tmp_path):
+    """A copy to spoil: four real utterances, 16 kHz."""
+    return shutil.copytree(an4 / "train_nodev", tmp_path / "train")
+
+
+def scp(directory, name="wav.scp"):
+    return read_table(directory / name)
+
+
+def test_raw_keeps_the_samples_and_the_tables(train, tmp_path):
+    format_data(train, tmp_path / "out", Format(fs=16000), nj=1)
+    out = tmp_path / "out"
+    wavs = sound_loader(str(out / "wav.scp"))
+    assert sorted(wavs) == sorted(scp(train))
+    for utt, path in scp(train).items():
+        truth, _ = read_audio(path)
+        np.testing.assert_array_equal(wavs[utt], truth)
+        assert scp(out, "utt2num_samples")[utt] == str(len(truth))
+        assert soundfile.info(scp(out)[utt]).subtype == "PCM_16"
+    for name in ("text", "utt2spk", "spk2utt", "corpus_source"):
+        assert (out / name).read_text() == (train / name).read_text()
+    assert (out / "feats_type").read_text() == "raw\n"
+    assert (out / "dropped.txt").read_text() == ""
+
+
+def test_resampling_is_done_and_logged(train, tmp_path, caplog):
+    caplog.set_level("INFO")
+    main([str(train), str(tmp_path / "out"), "--fs", "8000", "--audio_format", "wav"])
+    assert "from 16000 Hz to 8000 Hz" in caplog.text
+    for utt, path in scp(tmp_path / "out").items():
+        info = soundfile.info(path)
+        assert info.samplerate == 8000 and path.endswith(".wav")
+        truth = soundfile.info(scp(train)[utt]).duration
+        assert abs(info.duration - truth) < 1e-3
+
+
+def test_speeds_and_segments(train, tmp_path):
+    (utt, path), *_ = scp(train).items()
+    speaker = read_table(train / "utt2spk")[utt]
+    write_table(train / "wav.scp", {"rec": path})
+    write_table(train / "segments", {utt: "rec 0.25 0.75"})
+    write_table(train / "text", {utt: "HALF"})
+    write_table(train / "utt2spk", {utt: speaker})
+    (train / "spk2utt").unlink()
+    perturb_speed(train, tmp_path / "train_sp", ["0.9", "1.0", "1.1"])
+    format_data(tmp_path / "train_sp", tmp_path / "out", Format(fs=16000))
+    sizes = {u: int(n) for u, n in scp(tmp_path / "out", "utt2num_samples").items()}
+    assert sizes.keys() == {f"sp0.9-{utt}", utt, f"sp1.1-{utt}"}
+    assert sizes[utt] == 8000
+    assert abs(sizes[f"sp0.9-{utt}"] - 8000 / 0.9) <= 1
+    assert abs(sizes[f"sp1.1-{utt}"] - 8000 / 1.1) <= 1
+    part, _ = read_audio(scp(tmp_path / "out")[utt])
+    np.testing.assert_array_equal(part, read_audio(path, 0.25, 0.75)[0])
+
+
+def test_bad_utterances_are_dropped_and_listed(train, tmp_path, caplog):
+    good, empty, broken, silent = sorted(scp(train))
+    wavs, text = scp(train), read_table(train / "text")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    wavs[empty] = str(tmp_path / "empty.wav")
+    content = open(wavs[broken], "rb").read()
+    (tmp_path / "broken.sph").write_bytes(content[: len(content) // 2])
+    wavs[broken] = str(tmp_path / "broken.sph")
+    text[silent] = ""
+    write_table(train / "wav.scp", wavs)
+    write_table(train / "text", text)
+    format_data(train, tmp_path / "out", Format())
+    assert list(scp(tmp_path / "out")) == [good]
+    assert list(read_table(tmp_path / "out" / "text")) == [good]
+    dropped = read_table(tmp_path / "out" / "dropped.txt")
+    assert dropped.keys() == {empty, broken, silent}
+    assert dropped[empty] == "no samples"
+    assert dropped[broken].startswith("truncated")
+    assert dropped[silent] == "empty transcript"
+    assert "dropped 3 of 4" in caplog.text
+
+
+def test_nothing_usable_is_an_error_that_can_be_mended(train, tmp_path, capsys):
+    wavs = scp(train)
+    write_table(train / "wav.scp", {utt: f"/nowhere/{utt}.wav" for utt in wavs})
+    with pytest.raises(SystemExit):
+        main([str(train), str(tmp_path / "out")])
+    assert "error: no utterance is left" in capsys.readouterr().err
+    # The files come back (a disk was not mounted); the tables are what they were.
+    links = {utt: tmp_path / f"{utt}.sph" for utt in wavs}
+    write_table(train / "wav.scp", links)
+    with pytest.raises(UserError):
+        format_data(train, tmp_path / "out", Format())
+    for utt, link in links.items():
+        link.symlink_to(wavs[utt])
+    format_data(train, tmp_path / "out", Format())
+    assert len(scp(tmp_path / "out")) == 4
+
+
+def test_inconsistent_and_unsupported_input_is_refused(train, tmp_path):
+    table = read_table(train / "text")
+    write_table(train / "text", {**table, "x": "X"})
+    with pytest.raises(UserError, match="wav.scp lacks 1 key.*x"):
+        format_data(train, tmp_path / "out", Format())
+    write_table(train / "text", table)
+    write_table(train / "wav.scp", {utt: f"cat {p} |" for utt, p in scp(train).items()})
+    with pytest.raises(UserError, match="is a command"):
+        format_data(train, tmp_path / "out", Format())
+    with pytest.raises(UserError, match="not written by this step"):
+        format_data(train, train, Format())
+
+
+def test_finished_is_kept_and_changed_input_is_done_again(train, tmp_path):
+    out = tmp_path / "out"
+    format_data(train, out, Format())
+    utt = sorted(scp(out))[0]
+    before = (out / "wav.scp").stat().st_mtime_ns
+    format_data(train, out, Format())
+    assert (out / "wav.scp").stat().st_mtime_ns == before
+    for name in ("wav.scp", "text", "utt2spk"):
+        table = read_table(train / name)
+        del table[utt]
+        write_table(train / name, table)
+    (train / "spk2utt").unlink()
+    format_data(train, out, Format())
+    assert utt not in scp(out) and len(scp(out)) == 3
+
+
+@pytest.mark.parametrize("feats_type", ["raw", "fbank"])
+def test_an_interrupted_run_goes_on(train, tmp_path, monkeypatch, feats_type):
+    monkeypatch.setattr(format_module, "CHUNK", 1)
+    read, calls = format_module.read_audio, []
+
+    def dying(path, *times):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(path)
+        return read(path, *times)
+
+    monkeypatch.setattr(format_module, "read_audio", dying)
+    with pytest.raises(KeyboardInterrupt):
+        format_data(train, tmp_path / "out", Format(feats_type))
+    resumed = []
+    monkeypatch.setattr(
+        format_module, "read_audio", lambda *a: resumed.append(a[0]) or read(*a)
+    )
+    format_data(train, tmp_path / "out", Format(feats_type))
+    assert len(resumed) == 2 and not set(resumed) & set(calls)
+    name = "wav.scp" if feats_type == "raw" else "feats.scp"
+    assert scp(tmp_path / "out", name).keys() == scp(train).keys()
+
+
+@pytest.mark.integration
+def test_two_processes_make_what_one_makes(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(format_module, "CHUNK", 1)
+    for nj in (1, 2):
+        format_data(train, tmp_path / f"nj{nj}", Format("fbank"), nj=nj)
+    one, two = (kaldiio.load_scp(str(tmp_path / f"nj{n}/feats.scp")) for n in (1, 2))
+    assert sorted(one) == sorted(two)
+    for utt in one:
+        np.testing.assert_array_equal(one[utt], two[utt])
+
+
+def kaldi_log_mel(samples, fs, n_mels):
+    """Kaldi's definition, written out for one frame at a time (snip_edges false)."""
+    length, shift = fs * 25 // 1000, fs * 10 // 1000
+    size = 1 << (length - 1).bit_length()
+    window = np.hanning(length) ** 0.85  # Povey's
+    mel = lambda f: 1127 * np.log1p(np.asarray(f) / 700)  # noqa: E731
+    edges = np.linspace(mel(20), mel(fs / 2 - 400), n_mels + 2)
+    bins = mel(np.arange(size // 2 + 1) * fs / size)
+    up = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    down = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    bank = np.maximum(0, np.minimum(up, down))
+    frames = []
+    for index in range(round(len(samples) / shift)):
+        start = index * shift + shift // 2 - length // 2
+        places = np.arange(start, start + length)
+        places = np.where(places < 0, -places - 1, places)
+        places = np.where(places >= len(samples), 2 * len(samples) - 1 - places, places)
+        frame = samples[places].astype(np.float64)
+        frame -= frame.mean()
+        frame -= 0.97 * np.concatenate([frame[:1], frame[:-1]])
+        power = np.abs(np.fft.rfft(frame * window, size)) ** 2
+        frames.append(np.log(np.maximum(bank @ power, 1e-10)))
+    return np.array(frames)
+
+
+@pytest.mark.parametrize("fs, n_mels", [(16000, 80), (8000, 40)])
+def test_fbank_is_kaldis_and_reads_back(train, tmp_path, fs, n_mels):
+    out = tmp_path / "out"
+    main(f"{train} {out} --feats_type fbank --fs {fs} --n_mels {n_mels} --nj 2".split())
+    assert (out / "feats_dim").read_text() == f"{n_mels}\n"
+    assert (out / "feats_type").read_text() == "fbank\n"
+    by_kaldiio = kaldiio.load_scp(str(out / "feats.scp"))
+    by_espnet = kaldi_loader(str(out / "feats.scp"))
+    for utt, path in scp(train).items():
+        samples = format_module.convert(*read_audio(path), fs)
+        truth = kaldi_log_mel(samples, fs, n_mels)
+        assert by_kaldiio[utt].dtype == np.float32
+        np.testing.assert_array_equal(by_kaldiio[utt], by_espnet[utt])
+        np.testing.assert_allclose(by_kaldiio[utt], truth, atol=0.05)
+        assert scp(out, "feats_shape")[utt] == f"{len(truth)},{n_mels}"
+
+
+class TestExtracted:
+    DIM = 7
+
+    @pytest.fixture
+    def extracted(self, train, tmp_path):
+        """The directory of a user's own features: no audio at all."""
+        rng = np.random.default_rng(0)
+        utts = sorted(scp(train))
+        self.feats = {
+            utt: rng.normal(size=(20 + place, self.DIM)).astype(np.float32)
+            for place, utt in enumerate(utts)
+        }
+        self.write(tmp_path, train)
+        (train / "wav.scp").unlink()
+        return train
+
+    def write(self, tmp_path, directory):
+        ark = tmp_path / "own.ark"
+        with kaldiio.WriteHelper(f"ark,scp:{ark},{directory}/feats.scp") as writer:
+            for utt, matrix in self.feats.items():
+                writer(utt, matrix)
+
+    def test_any_dimension_is_taken_as_it_is(self, extracted, tmp_path):
+        out = tmp_path / "out"
+        main([str(extracted), str(out), "--feats_type", "extracted"])
+        assert (out / "feats_dim").read_text() == "7\n"
+        assert scp(out, "feats.scp") == scp(extracted, "feats.scp")
+        loaded = kaldi_loader(str(out / "feats.scp"))
+        for utt, truth in self.feats.items():
+            np.testing.assert_array_equal(loaded[utt], truth)
+            assert scp(out, "feats_shape")[utt] == f"{len(truth)},7"
+
+    def test_bad_features_are_dropped(self, extracted, tmp_path):
+        good, empty, infinite, lost = sorted(self.feats)
+        self.feats[empty] = np.zeros((0, self.DIM), dtype=np.float32)
+        self.feats[infinite][3, 2] = np.inf
+        self.write(tmp_path, extracted)
+        table = scp(extracted, "feats.scp")
+        write_table(extracted / "feats.scp", {**table, lost: "/nowhere/x.ark:5"})
+        format_data(extracted, tmp_path / "out", Format("extracted"))
+        assert list(scp(tmp_path / "out", "feats.scp")) == [good]
+        dropped = read_table(tmp_path / "out" / "dropped.txt")
+        assert dropped.keys() == {empty, infinite, lost}
+
+    def test_two_dimensions_are_refused(self, extracted, tmp_path):
+        utt = sorted(self.feats)[2]
+        self.feats[utt] = np.ones((5, 9), dtype=np.float32)
+        self.write(tmp_path, extracted)
+        with pytest.raises(UserError, match=f"7 .*9 .{utt}"):
+            format_data(extracted, tmp_path / "out", Format("extracted"))
+
+    def test_missing_features_are_refused(self, train, tmp_path):
+        with pytest.raises(UserError, match="feats.scp does not exist"):
+            format_data(train, tmp_path / "out", Format("extracted"))
+        with pytest.raises(UserError, match="wav.scp"):
+            (train / "wav.scp").rename(train / "feats.scp")
+            format_data(train, tmp_path / "out", Format("fbank"))

@@ -1,0 +1,268 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
+
+from dldkit.errors import UserError
+
+
+@pytest.fixture
+def called():
+    """Return a function that runs an encoder and lists the layers it really calls."""
+
+    def slots(encoder, *inputs) -> list[int]:
+        order = []
+        hooks = [
+            layer.register_forward_hook(lambda *_, slot=slot: order.append(slot))
+            for slot, layer in encoder.encoders.named_children()
+        ]
+        encoder(*inputs)
+        for hook in hooks:
+            hook.remove()
+        return [int(slot) for slot in order]
+
+    return slots
+
+
+def steps(encoder, features, number: int) -> list[tuple[int, ...]]:
+    """Return the layers of some training steps."""
+    drawn = []
+    for _ in range(number):
+        encoder(*features)
+        drawn.append(encoder.active_layers)
+    return drawn
+
+
+def start_epoch(encoder, epoch: int, seed: int = 7) -> None:
+    """Do what ESPnet's trainer does before the steps of an epoch."""
+    set_all_random_seed(seed + epoch)
+    encoder.train()
+
+
+class TestSetDepth:
+    def test_every_depth_calls_that_many_layers(
+        self, make_encoder, encoder_name, features, called
+    ):
+        encoder = make_encoder(f"ld_{encoder_name}", 12).eval()
+        for depth in range(1, 13):
+            encoder.set_depth(depth)
+            slots = called(encoder, *features)
+            assert len(slots) == depth
+            assert tuple(slots) == encoder.active_layers
+
+    def test_six_of_twelve(self, make_encoder, features, called):
+        encoder = make_encoder("ld_conformer", 12).eval()
+        encoder.set_depth(6)
+        assert called(encoder, *features) == [0, 2, 4, 7, 9, 11]
+        encoder.set_depth(6, selector="prefix")
+        assert called(encoder, *features) == [0, 1, 2, 3, 4, 5]
+
+    def test_layers(self, make_encoder, features, called):
+        encoder = make_encoder("ld_conformer", 8).eval()
+        encoder.set_depth(layers=[7, 0, 3])
+        assert called(encoder, *features) == [0, 3, 7]
+
+    def test_none_runs_all(self, make_encoder, features, called):
+        encoder = make_encoder("ld_conformer").eval()
+        everything = encoder(*features)[0]
+        encoder.set_depth(2)
+        assert not torch.equal(encoder(*features)[0], everything)
+        encoder.set_depth(None)
+        assert called(encoder, *features) == [0, 1, 2, 3]
+        assert torch.equal(encoder(*features)[0], everything)
+
+    @pytest.mark.parametrize("depth", [0, -1, 5])
+    def test_refuses_a_depth_that_is_not_there(self, make_encoder, depth):
+        encoder = make_encoder("ld_conformer")
+        with pytest.raises(UserError, match=f"depth {depth} .* 4 layers.* 1 to 4"):
+            encoder.set_depth(depth)
+        assert encoder.active_layers == (0, 1, 2, 3)
+
+    @pytest.mark.parametrize("layers", [[], [4], [-1], [1, 1]])
+    def test_refuses_layers_that_are_not_there(self, make_encoder, layers):
+        encoder = make_encoder("ld_conformer")
+        with pytest.raises(UserError) as refusal:
+            encoder.set_depth(layers=layers)
+        assert f"layers {layers} are impossible" in str(refusal.value)
+        assert "0 to 3" in str(refusal.value)
+
+    def test_output_is_that_of_espnets_encoder_of_this_depth(
+        self, make_encoder, encoder_name, features
+    ):
+        encoder = make_encoder(f"ld_{encoder_name}", 6).eval()
+        layers = (0, 2, 5)
+        encoder.set_depth(layers=layers)
+        shallow = make_encoder(encoder_name, 3, seed=1).eval()
+        weights = {}
+        for key, value in encoder.state_dict().items():
+            if key.startswith("encoders."):
+                _, slot, rest = key.split(".", 2)
+                if int(slot) not in layers:
+                    continue
+                key = f"encoders.{layers.index(int(slot))}.{rest}"
+            weights[key] = value
+        shallow.load_state_dict(weights)
+        expected, lengths, _ = shallow(*features)
+        output, output_lengths, _ = encoder(*features)
+        assert torch.equal(output, expected)
+        assert torch.equal(output_lengths, lengths)
+
+
+class TestTraining:
+    @pytest.mark.parametrize("sampler", ["bernoulli", "uniform"])
+    def test_just_the_drawn_layers_are_called_and_learn(
+        self, make_encoder, encoder_name, features, called, sampler
+    ):
+        encoder = make_encoder(f"ld_{encoder_name}", 6, depth_sampler=sampler).train()
+        numbers = set()
+        for _ in range(8):
+            encoder.zero_grad()
+            slots = called(encoder, *features)
+            assert tuple(slots) == encoder.active_layers
+            numbers.add(len(slots))
+            encoder(*features)[0].square().sum().backward()
+            for slot, layer in enumerate(encoder.encoders._modules.values()):
+                learns = any(p.grad is not None for p in layer.parameters())
+                assert learns == (slot in encoder.active_layers)
+        assert len(numbers) > 1
+
+    def test_full_runs_all(self, make_encoder, features, called):
+        encoder = make_encoder("ld_conformer", depth_sampler="full").train()
+        assert [called(encoder, *features) for _ in range(3)] == [[0, 1, 2, 3]] * 3
+
+    def test_evaluation_between_steps_runs_the_selected_layers(
+        self, make_encoder, features, called
+    ):
+        encoder = make_encoder("ld_conformer", keep_prob=0.2).train()
+        encoder(*features)
+        assert called(encoder.eval(), *features) == [0, 1, 2, 3]
+        assert encoder.active_layers == (0, 1, 2, 3)
+
+    def test_draws_from_the_selected_layers(self, make_encoder, features):
+        encoder = make_encoder("ld_conformer", 6, depth_sampler="uniform")
+        encoder.set_depth(layers=[1, 4])
+        drawn = steps(encoder.train(), features, 20)
+        assert set(drawn) == {(1,), (4,), (1, 4)}
+
+    def test_refuses_an_impossible_min_depth_at_once(self, make_encoder):
+        with pytest.raises(UserError, match="min_depth 5 .* 4 layers"):
+            make_encoder("ld_conformer", min_depth=5)
+
+
+class TestSeed:
+    def test_an_epoch_can_be_repeated(self, make_encoder, features):
+        """A resumed run draws what the unbroken run would have drawn."""
+        unbroken = make_encoder("ld_conformer", 8)
+        epochs = []
+        for epoch in (1, 2, 3):
+            start_epoch(unbroken, epoch)
+            epochs.append(steps(unbroken, features, 6))
+        assert epochs[0] != epochs[1] != epochs[2]
+        for epoch in (1, 2, 3):
+            resumed = make_encoder("ld_conformer", 8, seed=9)
+            start_epoch(resumed, epoch)
+            assert steps(resumed, features, 6) == epochs[epoch - 1]
+
+    def test_another_seed_draws_other_layers(self, make_encoder, features):
+        encoder = make_encoder("ld_conformer", 8)
+        start_epoch(encoder, 1, seed=0)
+        drawn = steps(encoder, features, 6)
+        start_epoch(encoder, 1, seed=100)
+        assert steps(encoder, features, 6) != drawn
+
+    def test_other_random_numbers_do_not_matter(self, make_encoder, features):
+        encoder = make_encoder("ld_conformer", 8)
+        start_epoch(encoder, 1)
+        drawn = steps(encoder, features, 6)
+        again = make_encoder("ld_conformer", 8, dropout_rate=0.0)
+        start_epoch(again, 1)
+        others = []
+        for _ in range(6):
+            torch.rand(5)
+            np.random.rand(5)
+            random.random()
+            others += steps(again, features, 1)
+        assert others == drawn
+
+    def test_does_not_touch_other_random_numbers(self, make_encoder, features):
+        encoder = make_encoder("ld_conformer", 8)
+        start_epoch(encoder, 1)
+        states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1]
+        encoder.encoders.draw()
+        assert random.getstate() == states[0]
+        assert torch.equal(torch.get_rng_state(), states[1])
+        assert np.array_equal(np.random.get_state()[1], states[2])
+
+    def test_validation_within_an_epoch_does_not_restart_it(
+        self, make_encoder, features
+    ):
+        encoder = make_encoder("ld_conformer", 8)
+        start_epoch(encoder, 1)
+        drawn = steps(encoder, features, 8)
+        again = make_encoder("ld_conformer", 8)
+        start_epoch(again, 1)
+        first = steps(again, features, 4)
+        again.eval()(*features)
+        again.train()
+        assert first + steps(again, features, 4) == drawn
+
+    def test_works_without_a_call_of_train(self, make_encoder, features):
+        torch.manual_seed(5)
+        encoder = make_encoder("ld_conformer", 8)  # modules are born in training mode
+        assert len(set(steps(encoder, features, 8))) > 1
+
+
+class TestKeepFinalNorm:
+    @pytest.mark.parametrize("name", ["conformer", "branchformer", "e_branchformer"])
+    def test_skipped_layers_still_normalise(self, make_encoder, features, called, name):
+        encoder = make_encoder(f"ld_{name}", keep_final_norm=True).eval()
+        for slot, layer in enumerate(encoder.encoders._modules.values()):
+            torch.manual_seed(slot)
+            torch.nn.init.normal_(layer.norm_final.weight)
+            torch.nn.init.normal_(layer.norm_final.bias)
+        encoder.set_depth(layers=[1, 3])
+        assert called(encoder, *features) == [1, 3]
+
+        x, lengths = features
+        mask = (torch.arange(60) < lengths[:, None])[:, None]
+        (x, positions), mask = encoder.embed(x, mask)
+        for slot, layer in enumerate(encoder.encoders._modules.values()):
+            if slot in (1, 3):
+                (x, _), _ = layer((x, positions), mask)
+            else:
+                norm = layer.norm_final
+                mean = x.mean(-1, keepdim=True)
+                variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+                x = (x - mean) / (variance + norm.eps).sqrt()
+                x = x * norm.weight + norm.bias
+        expected = encoder.after_norm(x)
+        assert torch.allclose(encoder(*features)[0], expected, atol=1e-5)
+
+        plain = make_encoder(f"ld_{name}").eval()
+        plain.load_state_dict(encoder.state_dict())
+        plain.set_depth(layers=[1, 3])
+        assert not torch.allclose(plain(*features)[0], expected, atol=1e-2)
+
+    def test_works_without_positional_embedding(self, make_encoder, features):
+        encoder = make_encoder(
+            "ld_conformer",
+            keep_final_norm=True,
+            pos_enc_layer_type="abs_pos",
+            selfattention_layer_type="selfattn",
+        ).eval()
+        for layer in encoder.encoders._modules.values():
+            torch.nn.init.constant_(layer.norm_final.bias, 3.0)
+        encoder.set_depth(layers=[0])
+        x, lengths = features
+        x, mask = encoder.embed(x, (torch.arange(60) < lengths[:, None])[:, None])
+        layers = list(encoder.encoders._modules.values())
+        x, _ = layers[0](x, mask)
+        for layer in layers[1:]:
+            x = layer.norm_final(x)
+        assert torch.equal(encoder(*features)[0], encoder.after_norm(x))
+
+    def test_refused_where_layers_have_no_final_norm(self, make_encoder):
+        with pytest.raises(UserError, match="keep_final_norm.*Transformer"):
+            make_encoder("ld_transformer", keep_final_norm=True)

@@ -1,0 +1,129 @@
+import itertools
+import math
+import random
+from collections import Counter
+
+import pytest
+
+from dldkit.depth.sampler import (
+    BernoulliSampler,
+    DepthSampler,
+    FullSampler,
+    UniformSampler,
+    build_sampler,
+)
+from dldkit.errors import UserError
+
+
+def draws(sampler, num_layers: int, number: int, seed: int = 0):
+    rng = random.Random(seed)
+    return [sampler.draw(range(num_layers), rng) for _ in range(number)]
+
+
+def chi_square(counts: Counter, expected: dict) -> float:
+    """Return the statistic over its degrees of freedom: near 1 for a good fit."""
+    total = sum(counts.values())
+    assert set(counts) <= set(expected)
+    cells = [(counts[key], p * total) for key, p in expected.items()]
+    assert min(e for _, e in cells) > 5  # or the statistic means nothing
+    return sum((n - e) ** 2 / e for n, e in cells) / (len(cells) - 1)
+
+
+def gates_one_by_one(num_layers: int, keep: float, min_depth: int) -> dict:
+    """Return the probability of each subset under the paper's own description.
+
+    Independent gates, drawn again until enough of them are on.
+    """
+    subsets = {}
+    for gates in itertools.product((0, 1), repeat=num_layers):
+        if sum(gates) >= min_depth:
+            layers = tuple(slot for slot, gate in enumerate(gates) if gate)
+            subsets[layers] = math.prod(keep if g else 1 - keep for g in gates)
+    total = sum(subsets.values())
+    return {layers: p / total for layers, p in subsets.items()}
+
+
+@pytest.mark.parametrize("keep, min_depth", [(0.5, 1), (0.3, 1), (0.8, 2), (0.5, 3)])
+def test_bernoulli_is_independent_gates_without_the_empty_draw(keep, min_depth):
+    drawn = draws(BernoulliSampler(keep, min_depth), 5, 20000)
+    assert chi_square(Counter(drawn), gates_one_by_one(5, keep, min_depth)) < 1.8
+
+
+def test_bernoulli_of_another_keep_prob_is_told_apart():
+    drawn = draws(BernoulliSampler(0.45), 5, 20000)
+    assert chi_square(Counter(drawn), gates_one_by_one(5, 0.5, 1)) > 5
+
+
+def test_bernoulli_depths_of_twelve_layers():
+    drawn = draws(BernoulliSampler(0.5), 12, 40000)
+    depths = Counter(len(layers) for layers in drawn)
+    probability = {n: math.comb(12, n) / (2**12 - 1) for n in range(1, 13)}
+    assert chi_square(depths, probability) < 2.5
+
+
+def test_bernoulli_that_keeps_everything():
+    assert set(draws(BernoulliSampler(1.0), 4, 50)) == {(0, 1, 2, 3)}
+
+
+@pytest.mark.parametrize("min_depth", [1, 3])
+def test_uniform_depth_then_a_random_subset(min_depth):
+    depths = range(min_depth, 6)
+    expected = {
+        subset: 1 / len(depths) / math.comb(5, n)
+        for n in depths
+        for subset in itertools.combinations(range(5), n)
+    }
+    drawn = draws(UniformSampler(min_depth), 5, 20000)
+    assert chi_square(Counter(drawn), expected) < 1.8
+
+
+def test_full():
+    assert set(draws(FullSampler(), 6, 20)) == {(0, 1, 2, 3, 4, 5)}
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "uniform", "full"])
+def test_never_zero_layers_and_always_in_order(name):
+    for num_layers in (1, 2, 12):
+        for layers in draws(build_sampler(name, 0.02, 1), num_layers, 500):
+            assert len(layers) >= 1
+            assert list(layers) == sorted(set(layers))
+            assert set(layers) <= set(range(num_layers))
+
+
+def test_draws_some_of_the_given_layers():
+    rng = random.Random(0)
+    drawn = {UniformSampler().draw((2, 5, 9), rng) for _ in range(200)}
+    assert drawn == {(2,), (5,), (9,), (2, 5), (2, 9), (5, 9), (2, 5, 9)}
+
+
+def test_the_generator_decides():
+    sampler = BernoulliSampler(0.5)
+    assert draws(sampler, 12, 50, seed=4) == draws(sampler, 12, 50, seed=4)
+    assert draws(sampler, 12, 50, seed=4) != draws(sampler, 12, 50, seed=5)
+
+
+def test_another_policy_is_a_distribution_over_the_depth():
+    class Deep(DepthSampler):
+        def weights(self, num_layers):
+            return [n == num_layers - 1 for n in range(1, num_layers + 1)]
+
+    assert {len(layers) for layers in draws(Deep(), 6, 50)} == {5}
+
+
+@pytest.mark.parametrize(
+    "name, keep_prob, min_depth, message",
+    [
+        ("bernoulli", 0.0, 1, "keep_prob 0.0"),
+        ("bernoulli", 1.5, 1, "keep_prob 1.5"),
+        ("uniform", 0.5, 0, "min_depth 0"),
+        ("bernouli", 0.5, 1, "'bernouli': choose bernoulli, uniform or full"),
+    ],
+)
+def test_refuses_impossible_options(name, keep_prob, min_depth, message):
+    with pytest.raises(UserError, match=message):
+        build_sampler(name, keep_prob, min_depth)
+
+
+def test_refuses_a_min_depth_above_the_layers():
+    with pytest.raises(UserError, match="min_depth 4 .* 3 layers"):
+        UniformSampler(4).draw(range(3), random.Random(0))
