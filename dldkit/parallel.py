@@ -4,6 +4,7 @@ import logging
 import operator
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,6 +65,8 @@ def parallel_map(
             for call, result in tqdm(done, desc=desc, total=len(items)):
                 results[places[call.key]] = result
         except KilledWorker as error:
+            with suppress(TimeoutError):  # closing a worker that restarts fails
+                client.wait_for_workers(workers, timeout=30)
             raise UserError(
                 f"{desc}: {workers} workers at work, and one died again and again "
                 f"({error.task}); the usual cause is memory, so try fewer"

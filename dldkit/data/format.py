@@ -185,7 +185,7 @@ def _write_raw(chunk: list[Utterance], directory: Path, form: Format) -> Outcome
 
 
 def _write_fbank(chunk: list[Utterance], directory: Path, form: Format) -> Outcome:
-    """Write lhotse's Kaldi-compatible log mel energies, 25 ms windows every 10 ms."""
+    """Write Kaldi's log mel energies, by lhotse: 25 ms windows every 10 ms."""
     import kaldiio
     from lhotse import Fbank, FbankConfig
 
@@ -195,7 +195,9 @@ def _write_fbank(chunk: list[Utterance], directory: Path, form: Format) -> Outco
     ark, scp = directory / "feats.ark", directory / "feats.scp"
     with kaldiio.WriteHelper(f"ark,scp:{ark},{scp}") as writer:
         for utt, samples in _load(chunk, form.fs, outcome):
-            feats = extractor.extract(samples, form.fs)
+            # Kaldi's scale is that of 16 bit integers. At a scale of 1, the floor of
+            # the logarithm would hide the quiet parts of speech.
+            feats = extractor.extract(samples * 32768, form.fs)
             writer(utt, feats)
             outcome.sizes[utt] = f"{feats.shape[0]},{feats.shape[1]}"
     outcome.entries = read_table(scp)

@@ -32,20 +32,27 @@ def source(request):
     return request.param
 
 
-def arguments(root: Path) -> list[str]:
+def arguments(root: Path, options: tuple[str, ...]) -> list[str]:
     sizes = [f"--num_{name}={size}" for name, size in SIZES.items()]
-    return [f"--data_dir={root}/data", f"--download_dir={root}/downloads", *sizes]
+    places = [f"--data_dir={root}/data", f"--download_dir={root}/downloads"]
+    return [*places, *sizes, *options]
 
 
 def make(digits, root: Path, *options: str) -> Path:
-    digits.main([*arguments(root), *options])
+    digits.main(arguments(root, options))
     return root / "data"
 
 
 def make_in_new_process(digits, root: Path, *options: str) -> Path:
-    command = [sys.executable, digits.__file__, *arguments(root), *options]
+    command = [sys.executable, digits.__file__, *arguments(root, options)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(REPO)})
     return root / "data"
+
+
+@pytest.fixture
+def reuse(corpus, source) -> tuple[str, str]:
+    """Options that take the recordings of `corpus` again."""
+    return f"--source={source}", f"--download_dir={corpus.parent}/downloads"
 
 
 @pytest.fixture(scope="module")
@@ -134,29 +141,29 @@ def checksums(root: Path) -> dict[str, str]:
     }
 
 
-def test_same_seed_same_bytes(corpus, digits, source, tmp_path):
+def test_same_seed_same_bytes(corpus, digits, source, reuse, tmp_path):
     again = make_in_new_process(digits, tmp_path / "again", f"--source={source}")
     assert checksums(again) == checksums(corpus)
-    make(digits, tmp_path / "again", f"--source={source}")  # and over itself
+    make(digits, tmp_path / "again", f"--source={source}")  # over itself
     assert checksums(again) == checksums(corpus)
-    other = make(digits, tmp_path / "again", f"--source={source}", "--seed=1")
+    other = make(digits, tmp_path / "other", "--seed=1", *reuse)
     assert (other / "train/text").read_text() != (corpus / "train/text").read_text()
 
 
-def test_a_smaller_set_is_the_beginning_of_a_larger(corpus, digits, source, tmp_path):
-    small = make(digits, tmp_path, f"--source={source}", "--num_train=10")
+def test_a_smaller_set_is_the_beginning_of_a_larger(corpus, digits, reuse, tmp_path):
+    small = make(digits, tmp_path, "--num_train=10", *reuse)
     train, whole = (read_table(root / "train/text") for root in (small, corpus))
     assert train.items() <= whole.items() and len(train) == 10
     for name in ("dev", "test_seen", "test_unseen"):
         assert read_table(small / name / "text") == read_table(corpus / name / "text")
 
 
-def test_another_speaker_can_be_kept_out(digits, source, tmp_path, capsys):
+def test_another_speaker_can_be_kept_out(digits, source, reuse, tmp_path, capsys):
     name = {"fsdd": "lucas", "espeak": "bob"}[source]
-    root = make(digits, tmp_path, f"--source={source}", f"--unseen_speaker={name}")
+    root = make(digits, tmp_path, f"--unseen_speaker={name}", *reuse)
     assert set(read_table(root / "test_unseen/utt2spk").values()) == {name}
     with pytest.raises(SystemExit):
-        make(digits, tmp_path, f"--source={source}", "--unseen_speaker=nobody")
+        make(digits, tmp_path, "--unseen_speaker=nobody", *reuse)
     assert "--unseen_speaker nobody: choose from" in capsys.readouterr().err
 
 

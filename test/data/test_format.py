@@ -195,7 +195,7 @@ def kaldi_log_mel(samples, fs, n_mels):
         frame -= frame.mean()
         frame -= 0.97 * np.concatenate([frame[:1], frame[:-1]])
         power = np.abs(np.fft.rfft(frame * window, size)) ** 2
-        frames.append(np.log(np.maximum(bank @ power, 1e-10)))
+        frames.append(np.log(np.maximum(bank @ power, np.finfo(np.float32).eps)))
     return np.array(frames)
 
 
@@ -209,7 +209,7 @@ def test_fbank_is_kaldis_and_reads_back(train, tmp_path, fs, n_mels):
     by_espnet = kaldi_loader(str(out / "feats.scp"))
     for utt, path in scp(train).items():
         samples = format_module.convert(*read_audio(path), fs)
-        truth = kaldi_log_mel(samples, fs, n_mels)
+        truth = kaldi_log_mel(samples * 32768, fs, n_mels)
         assert by_kaldiio[utt].dtype == np.float32
         np.testing.assert_array_equal(by_kaldiio[utt], by_espnet[utt])
         np.testing.assert_allclose(by_kaldiio[utt], truth, atol=0.05)

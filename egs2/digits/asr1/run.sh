@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
     --valid_set dev \
     --test_sets "test_seen test_unseen" \
     --fs 8000 \
-    --token_type char \
+    --token_type word \
     --max_wav_duration 15 \
     --inference_depths "12 10 8 6 4 2" \
     "$@"
