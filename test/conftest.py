@@ -70,11 +70,16 @@ class Corpus:
     config: dict[str, Any] = field(default_factory=lambda: deepcopy(CONFIG))
 
     def training(self, directory: Path, **changes: Any) -> list[str]:
-        """Return asr_train's arguments; dicts among `changes` extend the config's."""
+        """Return asr_train's arguments.
+
+        Dicts among `changes` extend those of the config; None takes an entry away.
+        """
         config = deepcopy(self.config)
         for key, value in changes.items():
-            old = config.get(key)
-            config[key] = {**old, **value} if isinstance(old, dict) else value
+            if isinstance(config.get(key), dict):
+                value = {**config[key], **value}
+                value = {k: v for k, v in value.items() if v is not None}
+            config[key] = value
         config.setdefault("token_list", str(self.tokens))
         for part, path in (("train", self.train), ("valid", self.dev)):
             config[f"{part}_data_path_and_name_and_type"] = [

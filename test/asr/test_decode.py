@@ -1,0 +1,215 @@
+import os
+import shutil
+
+import pytest
+import torch
+
+from dldkit.asr import decode
+from dldkit.asr.calibration import write_depth_profile
+from dldkit.asr.inference import Speech2Text
+from dldkit.bin.decode import main
+from dldkit.errors import UserError
+
+MODEL = "valid.loss_ctc.ave.pth"
+FILES = ["score", "text", "token", "token_int"]
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """Run the jobs one after the other, and remember them."""
+    done = []
+
+    def parallel_map(fn, items, *_):
+        done.extend(str(log) for _, log in items)
+        return [fn(item) for item in items]
+
+    monkeypatch.setattr(decode, "parallel_map", parallel_map)
+    return done
+
+
+@pytest.fixture
+def experiment(student, tmp_path):
+    """A copy of the student, to be changed."""
+    directory = tmp_path / "exp"
+    directory.mkdir()
+    shutil.copy(student / "config.yaml", directory)
+    states = torch.load(student / MODEL, weights_only=True)
+    states["ctc.ctc_lo.bias"][0] -= 5  # few epochs leave nothing but blanks
+    torch.save(states, directory / MODEL)
+    return directory
+
+
+@pytest.fixture
+def run(experiment, corpus, jobs):
+    """Return a function that decodes and tells how many jobs that took."""
+
+    def decoded(depths=(4, 2), sets=(corpus.dev, corpus.train), args=(), nj=1):
+        before = len(jobs)
+        decode.decode_depths(
+            experiment / MODEL, sets, depths, experiment / "greedy", args, nj
+        )
+        return len(jobs) - before
+
+    return decoded
+
+
+def read(file):
+    return dict(line.partition(" ")[::2] for line in file.read_text().splitlines())
+
+
+def test_writes_a_directory_for_each_depth_and_set(run, experiment, corpus):
+    assert run() == 4
+    for depth in (4, 2):
+        speech2text = Speech2Text(
+            experiment / "config.yaml", experiment / MODEL, depth=depth
+        )
+        for name, utts in (("dev", "xyz"), ("train", "abcdefgh")):
+            directory = experiment / "greedy" / f"depth{depth}" / name
+            results = {file: read(directory / file) for file in FILES}
+            for result in results.values():
+                assert list(result) == list(utts)  # sorted
+            by_length = sorted(utts, key=lambda utt: len(corpus.speech(utt)))
+            decoded = speech2text([corpus.speech(utt) for utt in by_length])
+            for utt, ((text, token, token_int, hypothesis),) in zip(by_length, decoded):
+                assert results["text"][utt].strip() == text
+                assert results["token"][utt].split() == token
+                assert results["token_int"][utt].split() == list(map(str, token_int))
+                score = float(results["score"][utt])
+                assert score == pytest.approx(hypothesis.score, rel=1e-4)
+            assert any(results["text"].values())
+            (log,) = (directory / "logdir").glob("asr_inference.*.log")
+            lines = log.read_text()
+            assert lines.count("INFO: speech length: ") == len(utts)
+            assert lines.count("INFO: best hypo: ") == len(utts)
+            assert f"Encoder layers: {speech2text.asr_model.encoder.active_layers}" in (
+                lines
+            )
+
+
+def test_a_second_run_decodes_nothing(run, experiment):
+    run()
+    texts = list(experiment.glob("greedy/*/*/text"))
+    before = [text.stat().st_mtime_ns for text in texts]
+    assert len(texts) == 4
+    assert run() == 0
+    assert [text.stat().st_mtime_ns for text in texts] == before
+
+
+def test_just_what_is_missing_is_decoded(run, experiment, jobs):
+    run(depths=[4])
+    assert run(depths=[4, 2, 1]) == 4
+    assert not any("depth4" in log for log in jobs[-4:])
+
+
+def test_a_changed_model_is_decoded_again(run, experiment, student):
+    run()
+    before = (experiment / "greedy/depth4/dev/score").read_text()
+    shutil.copy(student / "2epoch.pth", experiment / MODEL)
+    assert run() == 4
+    assert (experiment / "greedy/depth4/dev/score").read_text() != before
+
+
+def test_other_options_a_profile_and_other_data_are_decoded_again(
+    run, experiment, corpus, tmp_path
+):
+    data = tmp_path / "dev"
+    shutil.copytree(corpus.dev, data)
+    one = dict(depths=[2], sets=[data])
+    assert run(**one) == 1
+    assert run(**one, args=["--selector", "prefix"]) == 1
+    assert run(**one, args=["--selector", "prefix"]) == 0
+    assert run(**one) == 1
+    write_depth_profile(
+        experiment / MODEL, corpus.train, [2], experiment / "depth_profile.pth"
+    )
+    before = (experiment / "greedy/depth2/dev/score").read_text()
+    assert run(**one) == 1
+    assert (experiment / "greedy/depth2/dev/score").read_text() != before
+    scp = data / "wav.scp"
+    scp.write_text(scp.read_text().partition("\n")[0] + "\n")
+    os.utime(scp, ns=(0, 1))
+    assert run(**one) == 1
+    assert list(read(experiment / "greedy/depth2/dev/text")) == ["x"]
+
+
+def test_an_interrupted_run_is_not_taken_for_a_complete_one(
+    run, experiment, monkeypatch
+):
+    run(depths=[4])
+    merge = decode.Decoding.merge
+    monkeypatch.setattr(decode.Decoding, "merge", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(depths=[4, 2])
+    monkeypatch.setattr(decode.Decoding, "merge", merge)
+    assert run(depths=[4, 2]) == 2
+
+
+@pytest.mark.parametrize("nj", [2, 3, 8])
+def test_parts_make_the_same_whole(run, experiment, corpus, nj):
+    """Also when there are more jobs than utterances."""
+    single = ["--batch_size", "1"]  # or padding would differ
+    run(depths=[2], sets=[corpus.dev], args=single)
+    whole = {f: (experiment / "greedy/depth2/dev" / f).read_text() for f in FILES}
+    shutil.rmtree(experiment / "greedy")
+    assert run(depths=[2], sets=[corpus.dev], args=single, nj=nj) > 1
+    for file, content in whole.items():
+        assert (experiment / "greedy/depth2/dev" / file).read_text() == content
+
+
+@pytest.mark.parametrize("nj", [2, 5])
+def test_parts_are_enough_for_all_jobs(run, corpus, nj):
+    assert run(depths=[2], sets=[corpus.train], nj=nj) == nj
+
+
+def test_beam_search(run, experiment, corpus):
+    args = ["--beam_size", "3", "--ctc_weight", "1.0", "--batch_size", "1"]
+    run(depths=[2], sets=[corpus.dev], args=args)
+    speech2text = Speech2Text(
+        experiment / "config.yaml",
+        experiment / MODEL,
+        depth=2,
+        beam_size=3,
+        ctc_weight=1.0,
+    )
+    text = read(experiment / "greedy/depth2/dev/text")
+    assert text["x"].strip() == speech2text(corpus.speech("x"))[0][0]
+
+
+def test_refuses_impossible_requests(run, corpus, tmp_path):
+    with pytest.raises(UserError, match="depth 7"):
+        run(depths=[7])
+    with pytest.raises(UserError, match=f"{tmp_path} has neither wav.scp"):
+        run(sets=[tmp_path])
+    with pytest.raises(SystemExit):
+        run(args=["--no_such_option", "1"])
+
+
+def test_logging_is_left_as_it_was(run, caplog, corpus):
+    import logging
+
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    run(depths=[2], sets=[corpus.dev])
+    assert (root.handlers, root.level) == before
+
+
+@pytest.mark.integration
+def test_command_with_two_processes(experiment, corpus, capsys):
+    command = ["--asr_exp", str(experiment), "--inference_asr_model", MODEL]
+    command += ["--data_dirs", f"{corpus.dev} {corpus.train}", "--depths", "4"]
+    command += ["--inference_tag", "tag", "--inference_nj", "2"]
+    main([*command, "--inference_args", "--selector prefix --depth_profile none"])
+    assert list(read(experiment / "tag/depth4/dev/text")) == list("xyz")
+    assert list(read(experiment / "tag/depth4/train/text")) == list("abcdefgh")
+    assert "Decoding: 100%" in capsys.readouterr().err
+
+
+def test_command_says_what_is_wrong(experiment, corpus, capsys):
+    command = ["--asr_exp", str(experiment), "--inference_asr_model", MODEL]
+    command += ["--data_dirs", str(corpus.dev), "--inference_tag", "tag"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--depths", "5"])
+    assert stop.value.code == 1
+    assert "error: depth 5 is impossible" in capsys.readouterr().err
+    main([*command, "--depths", "1", "--inference_args", "--batch_size 2"])
+    assert (experiment / "tag/depth1/dev/text").is_file()

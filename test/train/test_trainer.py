@@ -1,0 +1,195 @@
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from espnet2.train.distributed_utils import DistributedOption
+
+from dldkit.bin.asr_train import main
+from dldkit.errors import UserError
+from dldkit.train.trainer import ResumableTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import training_process  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes that have ESPnet imported already, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["dldkit.bin.asr_train"])
+        multiprocessing.forkserver.ensure_running()
+
+    def start(*args) -> multiprocessing.Process:
+        process = context.Process(target=training_process.train, args=args)
+        process.start()
+        return process
+
+    return start
+
+
+def load(file):
+    return torch.load(file, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Compare nested states, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def without_times(checkpoint):
+    """What the epochs measured, apart from the clock."""
+    stats = checkpoint["reporter"]["stats"]
+    return {
+        epoch: {
+            phase: {
+                k: v for k, v in values.items() if "time" not in k and "mem" not in k
+            }
+            for phase, values in phases.items()
+        }
+        for epoch, phases in stats.items()
+    }
+
+
+@pytest.mark.integration
+def test_killed_at_any_moment_a_run_ends_like_an_unbroken_one(
+    student, dld_training, processes, python, tmp_path
+):
+    """One run, killed again and again, always resumed by the same command."""
+    command = dld_training(tmp_path / "exp")
+    rng = random.Random(os.getpid())  # any moment will do
+    moments = [
+        f"step {rng.randint(1, 3)}",  # of three steps in each epoch
+        "write checkpoint.pth",
+        "before 1epoch.pth",
+        "write 1epoch.pth",
+        "link latest.pth",
+        f"step {rng.randint(4, 6)}",  # in the second epoch
+        f"step {rng.randint(1, 3)}",  # resumed there
+        "write checkpoint.pth",
+        "before 2epoch.pth",
+        "before 3epoch.pth",
+        "link valid.loss_ctc.ave.pth",
+        "write valid.loss_ctc.ave_2best.pth",
+    ]
+    for moment in moments:
+        process = processes(command, moment)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, moment
+    python("-m", "dldkit.bin.asr_train", *command)
+
+    for name in ("2epoch.pth", "3epoch.pth", "valid.loss_ctc.ave.pth"):
+        assert same(load(tmp_path / "exp" / name), load(student / name)), (
+            name,
+            moments,
+        )
+    broken, unbroken = (load(d / "checkpoint.pth") for d in (tmp_path / "exp", student))
+    for part in ("model", "optimizers", "schedulers"):
+        assert same(broken[part], unbroken[part]), part
+    assert without_times(broken) == without_times(unbroken)
+    assert {f.name for f in (tmp_path / "exp").iterdir() if "part" not in f.name} == {
+        f.name for f in student.iterdir()
+    }
+
+
+@pytest.mark.integration
+def test_layers_are_drawn_alike_on_all_ranks(dld_training, processes, tmp_path):
+    """Two gloo processes train on batches of two and of one utterance."""
+    command = dld_training(
+        tmp_path / "exp",
+        dist_backend="gloo",
+        dist_world_size=2,
+        dist_init_method=f"file://{tmp_path}/meeting",
+        unused_parameters=True,
+        max_epoch=2,
+    )
+    ranks = [
+        processes([*command, "--dist_rank", str(rank)], "", f"{tmp_path}/{rank}.pth")
+        for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.join(120)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0, 0]
+    first, second = (load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    assert len(first) == 6
+    assert len({layers for layers, _ in first}) > 2
+    for (layers, gradient), (others, other_gradient) in zip(first, second, strict=True):
+        assert layers == others
+        assert torch.equal(gradient, other_gradient)
+        assert gradient.abs().max() > 0
+    assert (tmp_path / "exp" / "valid.loss_ctc.ave.pth").is_file()
+
+
+def options(directory, **changes):
+    return SimpleNamespace(output_dir=directory, unused_parameters=False, **changes)
+
+
+@pytest.mark.parametrize("sampler", ["bernoulli", "uniform"])
+def test_distributed_dropping_needs_unused_parameters(build, tmp_path, sampler):
+    model = build(encoder="ld_conformer", encoder_conf=dict(depth_sampler=sampler))
+    with pytest.raises(UserError, match="unused_parameters: true"):
+        ResumableTrainer.run(
+            model,
+            [],
+            [],
+            trainer_options=options(tmp_path),
+            distributed_option=DistributedOption(distributed=True, dist_rank=0),
+        )
+
+
+def test_a_finished_run_can_be_started_again(student, dld_training, tmp_path):
+    shutil.copytree(student, tmp_path / "exp", symlinks=True)
+    before = {f.name: f.read_bytes() for f in (tmp_path / "exp").glob("*.pth")}
+    save = torch.save
+    main(dld_training(tmp_path / "exp"))
+    assert torch.save is save
+    after = {f.name: f.read_bytes() for f in (tmp_path / "exp").glob("*.pth")}
+    assert after.keys() == before.keys()
+    assert after["checkpoint.pth"] == before["checkpoint.pth"]
+    states = load(tmp_path / "exp" / "valid.loss_ctc.ave.pth")
+    assert same(states, load(student / "valid.loss_ctc.ave.pth"))
+
+
+def test_a_full_disk_leaves_the_files_of_the_epoch_before(
+    student, dld_training, tmp_path, monkeypatch
+):
+    """Resume for a fourth epoch whose checkpoint can not be written."""
+    directory = tmp_path / "exp"
+    shutil.copytree(student, directory, symlinks=True)
+    before = {f.name: f.read_bytes() for f in directory.glob("*.pth")}
+
+    def full(states, path, *args, **kwargs):
+        Path(path).write_bytes(b"all that would fit")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        main(dld_training(directory, max_epoch=4))
+    assert torch.save is full
+    assert {f.name: f.read_bytes() for f in directory.glob("*.pth")} == before
+    monkeypatch.undo()
+    main(dld_training(directory, max_epoch=4))
+    assert (directory / "4epoch.pth").is_file()
+    epochs = load(directory / "checkpoint.pth")["reporter"]["epoch"]
+    assert epochs == 4

@@ -1,0 +1,75 @@
+"""asr_train in a process that records what it does, or is killed at a given moment."""
+
+import io
+import os
+import pathlib
+import signal
+from typing import Optional
+
+import torch
+
+from dldkit.bin.asr_train import main
+from dldkit.depth.layers import GatedLayers
+
+
+def train(command: list[str], kill: str = "", record: Optional[str] = None) -> None:
+    """Run asr_train.
+
+    Args:
+        kill: the moment of a real SIGKILL. `step N`: after the N-th backward pass;
+            `write NAME`: half of the file is written; `before NAME`: nothing is;
+            `link NAME`: before a symbolic link gets its name.
+        record: file for the drawn layers and the gradients of each step.
+    """
+    moment, _, name = kill.partition(" ")
+    steps = []
+    save, clip = torch.save, torch.nn.utils.clip_grad_norm_
+    draw, symlink_to = GatedLayers.draw, pathlib.Path.symlink_to
+    drawn = []
+
+    def killing_save(states, path):
+        if pathlib.Path(path).name.startswith(name):
+            if moment == "before":
+                die()
+            if moment == "write":
+                buffer = io.BytesIO()
+                save(states, buffer)
+                with open(path, "wb") as file:
+                    file.write(buffer.getvalue()[: buffer.tell() // 2])
+                    file.flush()
+                    die()
+        save(states, path)
+
+    def killing_symlink_to(self, target):
+        if moment == "link" and self.name == name:
+            die()
+        symlink_to(self, target)
+
+    def recording_draw(self):
+        draw(self)
+        drawn.append(self.active)
+
+    def recording_clip(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        flat = torch.cat(
+            [
+                (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                for p in parameters
+            ]
+        )
+        steps.append((drawn[-1], flat))
+        if moment == "step" and len(steps) == int(name):
+            die()
+        return clip(parameters, *args, **kwargs)
+
+    torch.set_num_threads(1)
+    torch.save, torch.nn.utils.clip_grad_norm_ = killing_save, recording_clip
+    GatedLayers.draw, pathlib.Path.symlink_to = recording_draw, killing_symlink_to
+    main(command)
+    if record is not None:
+        save(steps, record)
+
+
+def die() -> None:
+    """End without any chance to clean up."""
+    os.kill(os.getpid(), signal.SIGKILL)
