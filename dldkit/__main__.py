@@ -10,15 +10,17 @@ import sys
 
 import dldkit
 
+# At import, because the processes that multi-GPU training spawns import this module,
+# and do not call main.
+dldkit.register()
+
 
 def main() -> None:
-    """Run `-m MODULE ARGS...` after registration."""
+    """Run `-m MODULE ARGS...`."""
     if len(sys.argv) < 3 or sys.argv[1] != "-m":
         sys.exit("usage: python -m dldkit -m MODULE [ARGS...]")
-    dldkit.register()
     del sys.argv[:2]
-    # alter_sys lets children that multiprocessing spawns find the module again
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    runpy.run_module(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

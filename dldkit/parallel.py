@@ -52,6 +52,8 @@ def parallel_map(
     import cloudpickle
     from distributed import Client, KilledWorker, as_completed
 
+    # Its news would bury ours, and errors reach the caller without it.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     results: list = [None] * len(items)
     with _make_cluster(settings, workers) as cluster, Client(cluster) as client:
         # Workers know `loads` and `call`. A function of a package that they lack is
@@ -107,7 +109,7 @@ def _make_cluster(settings: dict, workers: int):
             threads_per_worker=1,
             dashboard_address=":0",
             memory_limit=0,
-            silence_logs=logging.CRITICAL,  # errors reach the caller, once
+            silence_logs=logging.CRITICAL,  # those of the workers
         )
         return LocalCluster(n_workers=workers, **{**defaults, **options})
     try:

@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # the models are tiny
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 8000
 WORDS = "zero one two three four five six seven eight nine".split()
-TRAIN = dict(a="03", b="14", c="259", d="36", e="478", f="5", g="062", h="71")
+TRAIN = dict(a="03", b="14", c="259", d="36", e="478", f="5", g="062", h="71", i="904")
 DEV = dict(x="29", y="830", z="41")
 
 CONFIG: dict[str, Any] = dict(
@@ -46,10 +46,11 @@ CONFIG: dict[str, Any] = dict(
     optim_conf=dict(lr=0.005),
     scheduler="warmuplr",
     scheduler_conf=dict(warmup_steps=5),
-    batch_type="sorted",
+    batch_type="unsorted",
     batch_size=3,
     num_workers=0,
     max_epoch=3,
+    resume=True,
     keep_nbest_models=2,
     best_model_criterion=[["valid", "loss_ctc", "min"]],
     use_matplotlib=False,
@@ -112,7 +113,7 @@ def spoken_digit(digit: str, rng: np.random.Generator) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Corpus:
-    """Eight utterances for training and three for validation."""
+    """Nine utterances for training and three for validation."""
     root = tmp_path_factory.mktemp("digits")
     rng = np.random.default_rng(0)
     for name, utterances in (("train", TRAIN), ("dev", DEV)):

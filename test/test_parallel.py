@@ -44,13 +44,15 @@ def test_one_error_ends_the_work_here(fail_at_five):
 
 
 @pytest.mark.integration
-def test_two_processes_keep_the_order(square, capsys):
+def test_two_processes_keep_the_order(square, capsys, caplog):
+    caplog.set_level("INFO")  # as the commands log
     items = [5, 3, 3, 8, 1, 1, 0, 2, 7, 6]  # equal items are separate work
     results = parallel_map(square, items, nj=2, desc="squares")
     assert [value for value, _ in results] == [item * item for item in items]
     pids = {pid for _, pid in results}
     assert len(pids) == 2 and os.getpid() not in pids
     assert "squares: 100%" in capsys.readouterr().err
+    assert not caplog.records  # nothing of Dask's
 
 
 @pytest.mark.integration

@@ -72,7 +72,7 @@ def write_depth_profile(
             encoder, chosen, batches, lambda batch: model.encode(*batch)
         )
     encoder.set_depth()
-    DepthProfile(calibrated, fingerprint(encoder)).save(output)
+    DepthProfile(calibrated, fingerprint(encoder.state_dict())).save(output)
     logging.info(f"Depths {sorted(layers)} of {asr_model_file} written to {output}")
 
 
@@ -81,7 +81,7 @@ def _is_up_to_date(output, encoder, layers) -> bool:
         profile = DepthProfile.load(output)
     except UserError:
         return False
-    return profile.checkpoint == fingerprint(encoder) and layers == {
+    return profile.checkpoint == fingerprint(encoder.state_dict()) and layers == {
         depth: calibrated.layers for depth, calibrated in profile.depths.items()
     }
 

@@ -10,7 +10,7 @@ from typing import Optional, Sequence, Union
 import torch
 
 from dldkit.asr.inference import inference
-from dldkit.asr.speech import speech_source
+from dldkit.asr.speech import speech_source, utterance_ids
 from dldkit.bin.asr_inference import get_parser
 from dldkit.data.datadir import read_table
 from dldkit.parallel import parallel_map
@@ -82,7 +82,7 @@ def decode_depths(
                 data_dir,
                 depth,
                 Path(output_dir) / f"depth{depth}" / data_dir.name,
-                parts,
+                min(parts, len(utterance_ids(data_dir))),
             )
             request = _request(model, data_dir, (model_file, profile))
             if decoding.is_done(request):

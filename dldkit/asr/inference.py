@@ -11,9 +11,11 @@ import torch
 from espnet2.bin import asr_inference as espnet_inference
 from espnet2.legacy.nets.beam_search import Hypothesis
 from espnet2.torch_utils.device_funcs import to_device
+from espnet2.utils.pretrained import download_pretrained
 
 import dldkit
-from dldkit.asr.loading import check_weights
+from dldkit.asr.loading import check_weights, encoder_states, read_checkpoint
+from dldkit.depth.profile import fingerprint
 from dldkit.errors import UserError
 
 dldkit.register()
@@ -50,24 +52,44 @@ class Speech2Text(espnet_inference.Speech2Text):
         depth_profile: Union[Path, str, None] = "auto",
         **kwargs: Any,
     ):
-        # ESPnet refuses batches for searches that are not its CTC/attention beam
-        # search; the greedy search below takes batches of any size.
-        super().__init__(
-            asr_train_config, asr_model_file, beam_size=max(beam_size, 2), **kwargs
-        )
+        if asr_model_file is None:
+            raise UserError("no model to decode with: give --asr_model_file")
+        states = read_checkpoint(asr_model_file)
+        try:
+            # ESPnet refuses batches for searches that are not its CTC/attention beam
+            # search; the greedy search below takes batches of any size.
+            super().__init__(
+                asr_train_config, asr_model_file, beam_size=max(beam_size, 2), **kwargs
+            )
+        except FileNotFoundError as error:
+            raise UserError(
+                f"no {error.filename}, which {asr_model_file} needs"
+            ) from error
+        except RuntimeError as error:
+            raise UserError(f"{asr_model_file} can not be used: {error}") from error
+        if not kwargs.get("quantize_asr_model"):  # which renames the weights
+            check_weights(self.asr_model, states, asr_model_file)
         self.greedy = beam_size == 1
         if self.greedy and self.asr_model.ctc is None:
             raise UserError("greedy search needs CTC: set --beam_size above 1")
         self.selector = selector
-        if asr_model_file is not None:
-            check_weights(self.asr_model, asr_model_file)
-            profile = Path(asr_model_file).parent / DEPTH_PROFILE
-            if depth_profile == "auto":
-                depth_profile = profile if profile.is_file() else None
-        if depth_profile not in (None, "auto"):
-            self._dynamic_encoder().load_depth_profile(depth_profile)
+        if depth_profile == "auto":
+            depth_profile = Path(asr_model_file).parent / DEPTH_PROFILE
+            if not depth_profile.is_file():
+                depth_profile = None
+        if depth_profile is not None:
+            self._dynamic_encoder().load_depth_profile(
+                depth_profile, fingerprint(encoder_states(states))
+            )
         if depth is not None or layers is not None:
             self.set_depth(depth, layers)
+
+    @classmethod
+    def from_pretrained(cls, model_tag: Optional[str] = None, **kwargs: Any):
+        """Build from a published model or a packed zip, as ESPnet's method does."""
+        if model_tag is not None:
+            kwargs.update(download_pretrained(model_tag))
+        return cls(**kwargs)
 
     def set_depth(
         self, depth: Optional[int] = None, layers: Optional[Sequence[int]] = None

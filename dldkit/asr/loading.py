@@ -3,7 +3,7 @@
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Union
+from typing import Mapping, Union
 
 import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
@@ -62,7 +62,37 @@ def find_checkpoint(directory: Path) -> Path:
     raise UserError(f"no trained model (*.ave.pth, *.best.pth) in {directory}")
 
 
-def check_weights(model: torch.nn.Module, checkpoint: Union[str, Path]) -> None:
+def read_checkpoint(checkpoint: Union[str, Path]) -> dict[str, torch.Tensor]:
+    """Return the state dict of a trained model.
+
+    Raises:
+        UserError: when there is no such file, or it holds something else.
+    """
+    try:
+        states = safe_torch_load(checkpoint, map_location="cpu")
+        if not all(isinstance(value, torch.Tensor) for value in states.values()):
+            raise ValueError("it holds more than a model's weights")
+        return states
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {checkpoint}") from None
+    except Exception as error:
+        raise UserError(
+            f"{checkpoint} is no model of ESPnet ({error}): name an epoch's model or "
+            "an average, such as valid.loss_ctc.ave.pth"
+        ) from error
+
+
+def encoder_states(states: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the encoder's part of a model's state dict."""
+    prefix = "encoder."
+    return {k[len(prefix) :]: v for k, v in states.items() if k.startswith(prefix)}
+
+
+def check_weights(
+    model: torch.nn.Module,
+    states: Mapping[str, torch.Tensor],
+    checkpoint: Union[str, Path],
+) -> None:
     """Refuse a checkpoint that left weights of `model` untouched.
 
     ESPnet loads with strict=False, so a checkpoint that fits nothing loads silently.
@@ -70,8 +100,7 @@ def check_weights(model: torch.nn.Module, checkpoint: Union[str, Path]) -> None:
     Raises:
         UserError: naming the weights that the checkpoint lacks.
     """
-    stored = safe_torch_load(checkpoint, map_location="cpu")
-    missing = sorted(set(model.state_dict()) - set(stored))
+    missing = sorted(set(model.state_dict()) - set(states))
     if missing:
         raise UserError(
             f"{checkpoint} lacks {len(missing)} of the model's weights "
@@ -82,9 +111,10 @@ def check_weights(model: torch.nn.Module, checkpoint: Union[str, Path]) -> None:
 def _build(config, checkpoint, device) -> tuple[ESPnetASRModel, argparse.Namespace]:
     from dldkit.tasks.asr import DLDASRTask
 
+    states = read_checkpoint(checkpoint)
     try:
         model, train_args = DLDASRTask.build_model_from_file(config, checkpoint, device)
     except RuntimeError as error:
         raise UserError(f"{checkpoint} does not fit {config}: {error}") from error
-    check_weights(model, checkpoint)
+    check_weights(model, states, checkpoint)
     return model.eval(), train_args

@@ -89,8 +89,10 @@ class DLDModel(ESPnetASRModel):
             text_lengths: (Batch,).
             kwargs: `utt_id`, a list, finds cached posteriors.
         """
+        # ESPnet normalises features in place, and the reference needs them as they are
+        features = speech.clone() if self.frontend is None else speech
         loss, stats, weight = super().forward(
-            speech, speech_lengths, text, text_lengths, **kwargs
+            features, speech_lengths, text, text_lengths, **kwargs
         )
         new_stats = {}
         if hasattr(self.encoder, "active_layers"):

@@ -11,7 +11,8 @@ import torch
 
 from dldkit.asr.loading import load_asr_model
 from dldkit.asr.reference import POSTERIORS_SCP, Description, pack_posteriors
-from dldkit.asr.speech import SpeechReader, utterance_ids
+from dldkit.asr.speech import SpeechReader, speech_source, utterance_ids
+from dldkit.depth.profile import fingerprint
 from dldkit.errors import UserError
 from dldkit.parallel import parallel_map
 
@@ -38,16 +39,20 @@ def collect_posteriors(
         UserError: for a reference that can not be loaded, or an impossible `top_k`.
     """
     output_dir = Path(output_dir)
+    request_file = output_dir / "request"
+    if output_dir.exists() and any(output_dir.iterdir()) and not request_file.is_file():
+        raise UserError(
+            f"{output_dir} holds other files: name a directory for the posteriors alone"
+        )
     model, _ = load_asr_model(reference)
     description = Description.of(model)
     _refuse_impossible_top_k(top_k, len(description.token_list))
     description.top_k = top_k
 
     request = "\n".join(
-        [f"{Path(reference).resolve()} {top_k} {nj}"]
-        + [f"{path} {len(utterance_ids(path))}" for path in data_dirs]
+        [f"{fingerprint(model.state_dict())} {top_k} {nj}"]
+        + [f"{path} {_stamp(path)}" for path in data_dirs]
     )
-    request_file = output_dir / "request"
     if not request_file.is_file() or request_file.read_text() != request:
         shutil.rmtree(output_dir, ignore_errors=True)
         output_dir.mkdir(parents=True)
@@ -57,7 +62,7 @@ def collect_posteriors(
         return
 
     parts = [
-        (str(data_dir), utterance_ids(data_dir)[job::nj], output_dir / f"{i}.{job}")
+        (str(data_dir), utterance_ids(data_dir)[job::nj], output_dir / f"{i}-{job}")
         for i, data_dir in enumerate(data_dirs)
         for job in range(nj)
     ]
@@ -70,6 +75,11 @@ def collect_posteriors(
     lines = [p[2].with_suffix(".scp").read_text().splitlines() for p in parts]
     scp.write_text("\n".join(sorted(sum(lines, []))) + "\n")
     scp.replace(output_dir / POSTERIORS_SCP)
+
+
+def _stamp(data_dir: Union[str, Path]) -> int:
+    """A number that changes when the speech of a data directory does."""
+    return Path(speech_source(data_dir)[0]).stat().st_mtime_ns
 
 
 def _refuse_impossible_top_k(top_k: Optional[int], vocab_size: int) -> None:

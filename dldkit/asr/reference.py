@@ -1,5 +1,7 @@
 """The frozen reference: where the posteriors that pull the student come from."""
 
+import random
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional, Protocol, Sequence, Union
@@ -125,12 +127,23 @@ def open_reference(path: Union[str, Path], student: ESPnetASRModel) -> Reference
         UserError: when there is no reference at `path`, or it does not fit.
     """
     device = next(student.parameters()).device
-    if (Path(path) / POSTERIORS_SCP).is_file():
-        reference = CachedReference(path)
-    else:
-        reference = LiveReference(path, device)
-    reference.description.refuse_difference(Description.of(student), str(path))
+    with _untouched_random_numbers():
+        if (Path(path) / POSTERIORS_SCP).is_file():
+            reference = CachedReference(path)
+        else:
+            reference = LiveReference(path, device)
+        reference.description.refuse_difference(Description.of(student), str(path))
     return reference
+
+
+@contextmanager
+def _untouched_random_numbers():
+    """Undo what building a model draws: a resumed run opens the reference elsewhere."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):  # models are built on the CPU
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
 
 
 class LiveReference:

@@ -7,7 +7,7 @@ from typing import Optional, Sequence, Union
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.repeat import MultiSequential
 
-from dldkit.depth.profile import DepthProfile, batch_norms
+from dldkit.depth.profile import DepthProfile, batch_norms, fingerprint
 from dldkit.depth.sampler import DepthSampler, FullSampler
 from dldkit.depth.selector import select_layers
 from dldkit.errors import UserError
@@ -149,15 +149,27 @@ class DynamicDepth:
             asked = depth is not None or layers is not None
             profile.apply(self, chosen if asked else None)
 
-    def load_depth_profile(self, path: Union[str, Path]) -> None:
+    def load_depth_profile(
+        self, path: Union[str, Path], checkpoint: Optional[str] = None
+    ) -> None:
         """Attach the depth profile in `path` and keep running at the same layers.
+
+        Args:
+            checkpoint: `fingerprint` of the weights as they were trained, where the
+                encoder's own were rounded since (half precision, quantisation).
 
         Raises:
             UserError: when the profile was made for another checkpoint.
         """
         self.detach_depth_profile()
-        self._profile = DepthProfile.load(path)
-        self._profile.attach(self, path)
+        profile = DepthProfile.load(path)
+        if profile.checkpoint != (checkpoint or fingerprint(self.state_dict())):
+            raise UserError(
+                f"the depth profile {path} was calibrated for another checkpoint: "
+                "write it again with dldkit.bin.calibrate for this one"
+            )
+        profile.attach(self)
+        self._profile = profile
         self.set_depth(layers=self.encoders.selected)
 
     def detach_depth_profile(self) -> None:

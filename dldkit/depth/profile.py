@@ -81,17 +81,8 @@ class DepthProfile:
                 "dldkit.bin.calibrate"
             ) from error
 
-    def attach(self, encoder: torch.nn.Module, path: Union[str, Path]) -> None:
-        """Check that the profile fits `encoder` and remember its own statistics.
-
-        Raises:
-            UserError: when the profile was made for other weights.
-        """
-        if fingerprint(encoder) != self.checkpoint:
-            raise UserError(
-                f"the depth profile {path} was calibrated for another checkpoint: "
-                "write it again with dldkit.bin.calibrate for this one"
-            )
+    def attach(self, encoder: torch.nn.Module) -> None:
+        """Remember the statistics of `encoder` itself, to restore them."""
         self._trained = {
             name: (norm.running_mean.clone(), norm.running_var.clone())
             for name, norm in batch_norms(encoder).items()
@@ -122,13 +113,13 @@ def batch_norms(encoder: torch.nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def fingerprint(encoder: torch.nn.Module) -> str:
-    """Return a digest of the weights; buffers do not count, a profile changes them."""
+def fingerprint(encoder_states: Mapping[str, torch.Tensor]) -> str:
+    """Return a digest of an encoder's state dict without the running statistics."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(encoder.named_parameters()):
-        digest.update(name.encode())
-        values = parameter.detach().cpu().float().contiguous().numpy()
-        digest.update(values.tobytes())
+    for name, values in sorted(encoder_states.items()):
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            digest.update(name.encode())
+            digest.update(values.cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

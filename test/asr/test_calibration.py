@@ -55,7 +55,7 @@ def test_statistics_against_a_direct_computation(student, corpus, tmp_path, batc
         4: (0, 1, 2, 3),
         2: (0, 3),
     }
-    speech = [corpus.speech(utt) for utt in "abcdefgh"]
+    speech = [corpus.speech(utt) for utt in "abcdefghi"]
     for calibrated in profile.depths.values():
         expected = direct_statistics(
             student / MODEL, calibrated.layers, speech, batch_size

@@ -63,7 +63,7 @@ def test_writes_a_directory_for_each_depth_and_set(run, experiment, corpus):
         speech2text = Speech2Text(
             experiment / "config.yaml", experiment / MODEL, depth=depth
         )
-        for name, utts in (("dev", "xyz"), ("train", "abcdefgh")):
+        for name, utts in (("dev", "xyz"), ("train", "abcdefghi")):
             directory = experiment / "greedy" / f"depth{depth}" / name
             results = {file: read(directory / file) for file in FILES}
             for result in results.values():
@@ -200,7 +200,7 @@ def test_command_with_two_processes(experiment, corpus, capsys):
     command += ["--inference_tag", "tag", "--inference_nj", "2"]
     main([*command, "--inference_args", "--selector prefix --depth_profile none"])
     assert list(read(experiment / "tag/depth4/dev/text")) == list("xyz")
-    assert list(read(experiment / "tag/depth4/train/text")) == list("abcdefgh")
+    assert list(read(experiment / "tag/depth4/train/text")) == list("abcdefghi")
     assert "Decoding: 100%" in capsys.readouterr().err
 
 

@@ -27,7 +27,7 @@ def talkative(student, corpus, tmp_path_factory):
     model, _ = load_asr_model(student / MODEL)
     frames = []
     with torch.no_grad():
-        for speech in map(corpus.speech, "abcdefgh"):
+        for speech in map(corpus.speech, "abcdefghi"):
             speech = torch.from_numpy(speech)[None]
             frames += model.encode(speech, torch.tensor([speech.size(1)]))[0]
     frames = torch.cat(frames)
@@ -78,7 +78,7 @@ class TestGreedy:
         speech2text = load(depth=depth)
         words = corpus.tokens.read_text().split()
         found = set()
-        for utt in "abcdefgh":
+        for utt in "abcdefghi":
             speech = corpus.speech(utt)
             ((expected, score, path),) = collapse(talkative, speech, depth=depth)
             ((text, token, token_int, hypothesis),) = speech2text(speech)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from espnet2.bin import pack
 
-from dldkit.asr.loading import check_weights, find_checkpoint, load_asr_model
+from dldkit.asr.loading import find_checkpoint, load_asr_model
 from dldkit.errors import UserError
 
 
@@ -79,15 +79,25 @@ def test_refuses_a_checkpoint_that_fits_nothing(static, tmp_path):
         load_asr_model(tmp_path)
 
 
-def test_refuses_a_checkpoint_that_lacks_a_layer(static, tmp_path, build):
-    model = build()
+def test_refuses_a_checkpoint_that_lacks_a_layer(static, tmp_path):
+    (tmp_path / "config.yaml").write_text((static / "config.yaml").read_text())
     states = torch.load(static / "3epoch.pth", weights_only=True)
     torch.save(states, tmp_path / "all.pth")
-    check_weights(model, tmp_path / "all.pth")
+    load_asr_model(tmp_path / "all.pth")
     states = {k: v for k, v in states.items() if "encoders.3." not in k}
     torch.save(states, tmp_path / "some.pth")
     with pytest.raises(UserError, match=r"some.pth lacks \d+ .*encoder.encoders.3."):
-        check_weights(model, tmp_path / "some.pth")
+        load_asr_model(tmp_path / "some.pth")
+
+
+@pytest.mark.parametrize("name", ["text.pth", "checkpoint.pth"])
+def test_refuses_what_is_no_model(static, tmp_path, name):
+    """ESPnet's checkpoint.pth also holds the optimiser."""
+    (tmp_path / "config.yaml").write_text((static / "config.yaml").read_text())
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "checkpoint.pth").write_bytes((static / "checkpoint.pth").read_bytes())
+    with pytest.raises(UserError, match=f"{name} is no model .*valid.loss_ctc.ave.pth"):
+        load_asr_model(tmp_path / name)
 
 
 def test_refuses_weights_of_another_size(static, tmp_path):

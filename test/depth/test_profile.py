@@ -104,7 +104,7 @@ def profile(encoder, unpadded, tmp_path):
     }
     encoder.set_depth()
     path = tmp_path / "depth_profile.pth"
-    DepthProfile(depths, fingerprint(encoder)).save(path)
+    DepthProfile(depths, fingerprint(encoder.state_dict())).save(path)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     return path
 
@@ -185,16 +185,30 @@ def test_refuses_the_profile_of_another_checkpoint(encoder, profile):
     with pytest.raises(UserError, match=f"{profile} .* another checkpoint"):
         encoder.load_depth_profile(profile)
     assert same(statistics(encoder), trained)
+    encoder.set_depth(2)  # goes on without one
+    assert same(statistics(encoder), trained)
+
+
+def test_rounded_weights_are_known_by_those_of_the_checkpoint(encoder, profile):
+    checkpoint = fingerprint(encoder.state_dict())
+    encoder.half()
+    with pytest.raises(UserError, match="another checkpoint"):
+        encoder.load_depth_profile(profile)
+    encoder.load_depth_profile(profile, checkpoint)
+    encoder.set_depth(2)
+    norms = DepthProfile.load(profile).depths[2].statistics
+    for name, (mean, _) in norms.items():
+        assert torch.equal(statistics(encoder)[name][0], mean.half())
 
 
 def test_fingerprint_is_of_the_weights(encoder, make_encoder):
-    print_ = fingerprint(encoder)
+    print_ = fingerprint(encoder.state_dict())
     batch_norms(encoder)["encoders.0.conv_module.norm"].running_mean += 1
-    assert fingerprint(encoder) == print_
-    assert fingerprint(make_encoder("ld_conformer", seed=1)) != print_
+    assert fingerprint(encoder.state_dict()) == print_
+    assert fingerprint(make_encoder("ld_conformer", seed=1).state_dict()) != print_
     copy = make_encoder("ld_conformer", seed=1)
     copy.load_state_dict(encoder.state_dict())
-    assert fingerprint(copy) == print_
+    assert fingerprint(copy.state_dict()) == print_
 
 
 def test_refuses_what_is_no_profile(tmp_path):
