@@ -5,23 +5,12 @@
 ESPnet's own recipes work unchanged with `--python "python3 -m dldkit"`.
 """
 
-import runpy
 import sys
 
-import dldkit
-
-# At import, because the processes that multi-GPU training spawns import this module,
-# and do not call main.
-dldkit.register()
-
-
-def main() -> None:
-    """Run `-m MODULE ARGS...`."""
-    if len(sys.argv) < 3 or sys.argv[1] != "-m":
-        sys.exit("usage: python -m dldkit -m MODULE [ARGS...]")
-    del sys.argv[:2]
-    runpy.run_module(sys.argv[0], run_name="__main__")
-
+from dldkit import launcher
 
 if __name__ == "__main__":
-    main()
+    # multiprocessing lets spawned children import their parent's main module, except
+    # for one that is called __main__, as this one is.
+    sys.modules["__main__"] = launcher
+    launcher.main()

@@ -160,10 +160,12 @@ def python():
 
 
 @pytest.fixture(scope="session")
-def static(corpus, python) -> Path:
+def static(corpus) -> Path:
     """The experiment directory of ESPnet's own Conformer: a reference."""
+    from dldkit.bin.asr_train import main
+
     directory = corpus.root / "exp" / "asr_static"
-    python("-m", "dldkit.bin.asr_train", *corpus.training(directory))
+    main(corpus.training(directory))
     return directory
 
 

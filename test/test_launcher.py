@@ -4,7 +4,7 @@ import sys
 import pytest
 import yaml
 
-import dldkit.__main__ as launcher
+from dldkit import launcher
 
 
 def test_packs_a_model_of_ours_with_espnets_module(student, python, tmp_path):

@@ -285,6 +285,31 @@ class TestReferenceStaysOutside:
         assert not torch.equal(fed[0], clean)  # the student's are masked ...
         assert not torch.equal(fed[0], fed[-1])  # ... differently in each step
 
+    def test_sees_features_as_they_were_given(self, build, tmp_path, reference_of):
+        """ESPnet's normalisation works in place."""
+        features = dict(frontend=None, input_size=20, specaug=None)
+        build(1, tmp_path / "ref", **features)
+        student = build(
+            encoder="ld_conformer",
+            model="dld",
+            model_conf=dict(reference=str(tmp_path / "ref")),
+            encoder_conf=dict(dropout_rate=0.0, depth_sampler="full"),
+            **features,
+        )
+        batch = dict(
+            speech=5 + torch.randn(2, 60, 20),
+            speech_lengths=torch.tensor([60, 45]),
+            text=torch.tensor([[2, 3], [4, 5]]),
+            text_lengths=torch.tensor([2, 2]),
+        )
+        given = batch["speech"].clone()
+        expected, lengths = reference_of(
+            tmp_path / "ref", dict(batch, speech=given.clone())
+        )
+        _, stats, logits = ctc_logits(student, batch)
+        expected = kl(expected, logits[0], lengths).mean()
+        assert stats["loss_kd"].item() == pytest.approx(expected, rel=1e-4)
+
     def test_is_not_needed_to_build_encode_and_collect_features(
         self, student_of, batch, tmp_path
     ):
