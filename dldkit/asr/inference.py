@@ -56,10 +56,8 @@ class Speech2Text(espnet_inference.Speech2Text):
             raise UserError("no model to decode with: give --asr_model_file")
         states = read_checkpoint(asr_model_file)
         try:
-            # ESPnet refuses batches for searches that are not its CTC/attention beam
-            # search; the greedy search below takes batches of any size.
             super().__init__(
-                asr_train_config, asr_model_file, beam_size=max(beam_size, 2), **kwargs
+                asr_train_config, asr_model_file, beam_size=beam_size, **kwargs
             )
         except FileNotFoundError as error:
             raise UserError(
