@@ -7,7 +7,7 @@ from typing import Optional, Sequence, Union
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.repeat import MultiSequential
 
-from dldkit.depth.profile import DepthProfile, batch_norms, fingerprint
+from dldkit.depth.profile import DepthProfile, fingerprint
 from dldkit.depth.sampler import DepthSampler, FullSampler
 from dldkit.depth.selector import select_layers
 from dldkit.errors import UserError
@@ -177,7 +177,3 @@ class DynamicDepth:
         if self._profile is not None:
             self._profile.apply(self, None)
             self._profile = None
-
-    def uses_batch_norm(self) -> bool:
-        """Whether statistics can be calibrated at all."""
-        return bool(batch_norms(self))

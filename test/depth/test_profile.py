@@ -234,6 +234,6 @@ def test_a_killed_save_leaves_the_old_profile(encoder, profile, monkeypatch):
 
 
 def test_an_encoder_without_batch_norm_has_nothing_to_calibrate(make_encoder):
-    assert make_encoder("ld_conformer").uses_batch_norm()
+    assert batch_norms(make_encoder("ld_conformer"))
     for name in ("transformer", "branchformer", "e_branchformer"):
-        assert not make_encoder(f"ld_{name}").uses_batch_norm()
+        assert not batch_norms(make_encoder(f"ld_{name}"))
