@@ -288,7 +288,7 @@ class TestReferenceStaysOutside:
     def test_sees_features_as_they_were_given(self, build, tmp_path, reference_of):
         """ESPnet's normalisation works in place."""
         features = dict(frontend=None, input_size=20, specaug=None)
-        build(1, tmp_path / "ref", **features)
+        build(1, tmp_path / "ref", normalize=None, **features)
         student = build(
             encoder="ld_conformer",
             model="dld",
