@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import Optional, Sequence, Union
+from typing import Callable, Iterable, Iterator, Optional, Sequence, Union
 
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.repeat import MultiSequential
@@ -13,40 +13,19 @@ from dldkit.depth.selector import select_layers
 from dldkit.errors import UserError
 
 
-def _skip(*args):
-    return args
+class Gates(torch.nn.Module):
+    """Mixin of a layer container whose slots can be switched off.
 
-
-class GatedLayers(MultiSequential):
-    """ESPnet's layer container, with slots that can be switched off.
-
-    ESPnet's encoders run their layers by iterating over the container, so iteration
-    yields a pass-through in place of a slot that is off: the layer is not called, and
-    the state dict's keys are those of the plain container.
-
-    Args:
-        layers: the encoder layers, called as `layer(x, mask)`.
-        sampler: draws the layers of each training step.
-        keep_final_norm: a skipped slot still applies its layer's final LayerNorm
-            (LDASR, EUSIPCO 2024); DLD's formula skips the whole layer.
+    Encoders run their layers by iterating over the container, so iteration yields a
+    pass-through in place of a slot that is off: the layer is not called, and the state
+    dict's keys are those of the plain container. `children()` gives all layers.
     """
 
-    def __init__(
-        self,
-        *layers: torch.nn.Module,
-        sampler: Optional[DepthSampler] = None,
-        keep_final_norm: bool = False,
-    ):
-        super().__init__(*layers)
-        if keep_final_norm and not all(hasattr(m, "norm_final") for m in layers):
-            raise UserError(
-                "keep_final_norm needs layers that end in a LayerNorm; those of this "
-                "encoder do not (ESPnet's Transformer): set keep_final_norm: false"
-            )
+    def open(self, sampler: Optional[DepthSampler] = None) -> None:
+        """Select all slots, and let `sampler` draw those of each training step."""
         self.sampler = sampler or FullSampler()
-        self.sampler.draw(range(len(layers)), random.Random(0))  # refuses early
-        self.keep_final_norm = keep_final_norm
-        self.selected = tuple(range(len(layers)))
+        self.sampler.draw(range(len(self)), random.Random(0))  # refuses early
+        self.selected = tuple(range(len(self)))
         self._drawn: Optional[tuple[int, ...]] = None
         self._rng: Optional[random.Random] = None
         self._seed: Optional[int] = None
@@ -79,21 +58,71 @@ class GatedLayers(MultiSequential):
             self._seed = seed
             self._rng = random.Random(seed)
 
-    def train(self, mode: bool = True) -> "GatedLayers":
+    def train(self, mode: bool = True) -> "Gates":
         super().train(mode)
         if mode:
             self._follow_seed()
         return self
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Callable]:
         active = set(self.active)
-        for slot, layer in enumerate(self._modules.values()):
-            if slot in active:
-                yield layer
-            elif self.keep_final_norm:
-                yield _FinalNorm(layer)
-            else:
-                yield _skip
+        for slot, layer in enumerate(self.children()):
+            yield layer if slot in active else self.pass_through(layer)
+
+    def pass_through(self, layer: torch.nn.Module) -> Callable:
+        """Return what runs in place of a layer that is off."""
+        raise NotImplementedError
+
+
+class GatedLayers(Gates, MultiSequential):
+    """The layer container of ESPnet's encoders, with slots that can be switched off.
+
+    Args:
+        layers: the encoder layers, called as `layer(x, mask)`.
+        sampler: draws the layers of each training step.
+        keep_final_norm: a skipped slot still applies its layer's final LayerNorm
+            (LDASR, EUSIPCO 2024); DLD's formula skips the whole layer.
+    """
+
+    def __init__(
+        self,
+        *layers: torch.nn.Module,
+        sampler: Optional[DepthSampler] = None,
+        keep_final_norm: bool = False,
+    ):
+        super().__init__(*layers)
+        if keep_final_norm and not all(hasattr(m, "norm_final") for m in layers):
+            raise UserError(
+                "keep_final_norm needs layers that end in a LayerNorm; those of this "
+                "encoder do not (ESPnet's Transformer): set keep_final_norm: false"
+            )
+        self.keep_final_norm = keep_final_norm
+        self.open(sampler)
+
+    def pass_through(self, layer: torch.nn.Module) -> Callable:
+        if self.keep_final_norm:
+            return _FinalNorm(layer)
+        return lambda *args: args
+
+
+class GatedModuleList(Gates, torch.nn.ModuleList):
+    """The layer container of transformers' encoders, with slots that can be off."""
+
+    def __init__(
+        self,
+        layers: Iterable[torch.nn.Module],
+        sampler: Optional[DepthSampler] = None,
+    ):
+        super().__init__(layers)
+        self.open(sampler)
+
+    def pass_through(self, layer: torch.nn.Module) -> Callable:
+        return lambda hidden_states, **kwargs: hidden_states
+
+
+def find_gates(model: torch.nn.Module) -> Optional[Gates]:
+    """Return the gated layers of a model, None if it has none."""
+    return next((m for m in model.modules() if isinstance(m, Gates)), None)
 
 
 class _FinalNorm:

@@ -1,15 +1,15 @@
-"""ESPnet's ASR task with dldkit's classes and trainer."""
+"""ESPnet's ASR task with dldkit's classes and trainers."""
 
 from espnet2.tasks.asr import ASRTask
 
 import dldkit
-from dldkit.train.trainer import ResumableTrainer
+from dldkit.train.choices import TrainerChoice, trainer_choices
 
 # Children of multi-GPU training import just this module.
 dldkit.register()
 
 
-class DLDASRTask(ASRTask):
-    """ASR with run-time depth and distillation; a resumed run is the unbroken run."""
+class DLDASRTask(TrainerChoice, ASRTask):
+    """ASR with run-time depth, distillation and stacking."""
 
-    trainer = ResumableTrainer
+    class_choices_list = [*ASRTask.class_choices_list, trainer_choices]

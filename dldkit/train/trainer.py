@@ -2,11 +2,13 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Optional
 from unittest import mock
 
 import torch
 from espnet2.train.trainer import Trainer
 
+from dldkit.depth.layers import Gates, find_gates
 from dldkit.depth.sampler import FullSampler
 from dldkit.errors import UserError
 
@@ -27,17 +29,14 @@ class ResumableTrainer(Trainer):
         Raises:
             UserError: for distributed layer dropping without `unused_parameters`.
         """
-        encoder_layers = getattr(getattr(model, "encoder", None), "encoders", None)
-        sampler = getattr(encoder_layers, "sampler", None)
         if (
             kwargs["distributed_option"].distributed
-            and sampler is not None
-            and not isinstance(sampler, FullSampler)
             and not trainer_options.unused_parameters
+            and _some_layers_rest(find_gates(model))
         ):
             raise UserError(
-                "dropped layers get no gradient, which torch's distributed training "
-                "refuses: set unused_parameters: true"
+                "layers that do not run get no gradient, which torch's distributed "
+                "training refuses: set unused_parameters: true"
             )
         checkpoint = _Checkpoint(trainer_options, kwargs["distributed_option"])
         checkpoint.discard_pending()
@@ -59,6 +58,13 @@ class ResumableTrainer(Trainer):
         return super().train_one_epoch(
             *args, options=options, distributed_option=distributed_option, **kwargs
         )
+
+
+def _some_layers_rest(layers: Optional[Gates]) -> bool:
+    return layers is not None and (
+        not isinstance(layers.sampler, FullSampler)
+        or len(layers.selected) < len(layers)
+    )
 
 
 class _Checkpoint:

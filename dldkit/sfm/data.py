@@ -1,0 +1,68 @@
+"""Batches of unlabelled speech: crops, or padding."""
+
+from typing import Collection
+
+import numpy as np
+import torch
+from espnet2.train.collate_fn import common_collate_fn
+
+from dldkit.errors import UserError
+
+FRAME = 320  # samples between frames: crops begin at a frame of the cached targets
+
+
+class CropCollateFn:
+    """Cuts the utterances of a batch to one length, or pads them.
+
+    Args:
+        train: crops begin at random places; otherwise they are taken from the middle.
+        crop: cut all to the shortest one; False = pad to the longest one.
+        max_seconds: cut what is longer.
+        fs: sampling rate in Hz.
+    """
+
+    def __init__(
+        self,
+        train: bool,
+        crop: bool = True,
+        max_seconds: float = 15.6,
+        fs: int = 16000,
+    ):
+        self.train = train
+        self.crop = crop
+        self.max_samples = max_seconds * fs
+
+    def __call__(
+        self, data: Collection[tuple[str, dict[str, np.ndarray]]]
+    ) -> tuple[list[str], dict[str, torch.Tensor]]:
+        """Return names and `speech`, `speech_lengths`, `crop_starts` (Batch, ...).
+
+        Raises:
+            UserError: when an utterance is shorter than a frame.
+        """
+        sizes = [int(min(len(d["speech"]), self.max_samples)) for _, d in data]
+        if min(sizes) < 2 * FRAME:
+            utt = [u for u, d in data][int(np.argmin(sizes))]
+            raise UserError(
+                f"utterance {utt} is too short to learn from ({min(sizes)} samples): "
+                "leave short ones out (stage 4, --min_wav_duration)"
+            )
+        if self.crop:
+            sizes = [min(sizes)] * len(sizes)
+        starts = [
+            self._start(len(d["speech"]) - size) for (_, d), size in zip(data, sizes)
+        ]
+        utts, batch = common_collate_fn(
+            [
+                (utt, {"speech": d["speech"][start : start + size]})
+                for (utt, d), start, size in zip(data, starts, sizes)
+            ]
+        )
+        batch["crop_starts"] = torch.tensor(starts)
+        return utts, batch
+
+    def _start(self, spare: int) -> int:
+        frames = spare // FRAME
+        # numpy's generator: ESPnet seeds it by epoch, and in each worker
+        frame = np.random.randint(frames + 1) if self.train else frames // 2
+        return int(frame) * FRAME

@@ -1,0 +1,160 @@
+"""How far the student's hidden states are from the teacher's."""
+
+import math
+from typing import Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from dldkit.errors import UserError
+from dldkit.sfm.wave import frame_mask
+
+
+def carriers(depth: int, num_teacher_layers: int) -> list[int]:
+    """Return which of the student's running layers carries which teacher layer.
+
+    The teacher layers are spread evenly: of three, a student of 3, 6, 9 and 12 layers
+    carries them on its layers (1, 2, 3), (2, 4, 6), (3, 6, 9) and (4, 8, 12). These are
+    the last clones of each group of interleaved stacking that starts with 3 layers.
+
+    Args:
+        depth: number of running layers.
+
+    Returns:
+        Running layers, from 1, one for each teacher layer.
+    """
+    return [
+        math.ceil(depth * (i + 1) / num_teacher_layers)
+        for i in range(num_teacher_layers)
+    ]
+
+
+def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error of each frame.
+
+    Args:
+        student: projected to the teacher's size (Batch, Time, Dim).
+        teacher: (Batch, Time, Dim).
+    """
+    return (student - teacher).square().mean(-1)
+
+
+def l1_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Return L1 - log sigmoid(cosine) of each frame (DistilHuBERT, arXiv 2110.01900).
+
+    Args:
+        student: projected to the teacher's size (Batch, Time, Dim).
+        teacher: (Batch, Time, Dim).
+    """
+    distance = (student - teacher).abs().mean(-1)
+    return distance - F.logsigmoid(F.cosine_similarity(student, teacher, dim=-1))
+
+
+DISTANCES = {"mse": mse, "l1_cosine": l1_cosine}
+
+
+class HiddenStateLoss(torch.nn.Module):
+    """Output term + layer_weight x layer-to-layer term (arXiv 2606.11766).
+
+    The output term compares the student's output with the deepest of the teacher's
+    layers, the layer term is the mean over all teacher layers. Each comparison has a
+    linear projection of its own, which is not part of the student.
+
+    Args:
+        student_size: dimension of the student's hidden states.
+        teacher_size: dimension of the teacher's.
+        teacher_layers: the teacher's layers, from 1, in ascending order.
+        layer_weight: weight of the layer-to-layer term.
+        distance: `mse` | `l1_cosine`.
+
+    Raises:
+        UserError: for an unknown distance, or layers out of order.
+    """
+
+    def __init__(
+        self,
+        student_size: int,
+        teacher_size: int,
+        teacher_layers: Sequence[int],
+        layer_weight: float = 0.5,
+        distance: str = "mse",
+    ):
+        super().__init__()
+        if distance not in DISTANCES:
+            raise UserError(
+                f"unknown loss {distance!r}: choose {' or '.join(DISTANCES)}"
+            )
+        layers = list(teacher_layers)
+        if not layers or layers != sorted(set(layers)) or layers[0] < 1:
+            raise UserError(
+                f"teacher_layers {layers}: list layers from 1 up, in ascending order"
+            )
+        self.distance = DISTANCES[distance]
+        self.teacher_layers = layers
+        self.layer_weight = layer_weight
+        self.output_projection = torch.nn.Linear(student_size, teacher_size)
+        self.layer_projections = torch.nn.ModuleList(
+            torch.nn.Linear(student_size, teacher_size) for _ in layers
+        )
+
+    def forward(
+        self,
+        student: Sequence[torch.Tensor],
+        teacher: Sequence[torch.Tensor],
+        lengths: torch.Tensor,
+        carried_by: Optional[Sequence[int]] = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss, averaged over valid frames, and its parts.
+
+        Args:
+            student: hidden states (Batch, Time, Dim): what enters the first running
+                layer, and what comes out of each.
+            teacher: hidden states (Batch, Time, Dim), one for each teacher layer.
+            lengths: valid frames (Batch,).
+            carried_by: the student's running layer, from 1, for each teacher layer;
+                None = `carriers`.
+        """
+        valid = frame_mask(lengths, teacher[0].size(1))
+
+        def compare(projection, state, target):
+            return self.distance(projection(state), target)[valid].mean()
+
+        depth = len(student) - 1
+        carried_by = carried_by or carriers(depth, len(teacher))
+        output = compare(self.output_projection, student[-1], teacher[-1])
+        layers = [
+            compare(projection, student[layer], target)
+            for projection, layer, target in zip(
+                self.layer_projections, carried_by, teacher, strict=True
+            )
+        ]
+        loss = output + self.layer_weight * sum(layers) / len(layers)
+        stats = {"loss_output": output.detach()}
+        for layer, value in zip(self.teacher_layers, layers):
+            stats[f"loss_layer{layer}"] = value.detach()
+        return loss, stats
+
+
+def trim(
+    student: Sequence[torch.Tensor],
+    student_lengths: torch.Tensor,
+    teacher: Sequence[torch.Tensor],
+    teacher_lengths: torch.Tensor,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Cut two models' hidden states (Batch, Time, Dim) to the frames both have.
+
+    Front ends round differently at the end of the audio, which costs a frame.
+
+    Raises:
+        UserError: when they differ by more than one frame.
+    """
+    if (student_lengths - teacher_lengths).abs().max() > 1:
+        raise UserError(
+            f"the teacher gives {teacher_lengths.tolist()} frames where the student "
+            f"gives {student_lengths.tolist()}: their frame rates differ. Set "
+            "conv_stride and conv_kernel of student_conf for the teacher's frame rate "
+            "(50 frames/s for HuBERT, WavLM, wav2vec2 and Whisper)"
+        )
+    lengths = torch.minimum(student_lengths, teacher_lengths)
+    size = int(lengths.max())
+    return [x[:, :size] for x in student], [x[:, :size] for x in teacher], lengths

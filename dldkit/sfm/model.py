@@ -1,0 +1,211 @@
+"""Distillation of a speech foundation model into a student of variable depth."""
+
+from typing import Any, Optional, Sequence
+
+import torch
+from espnet2.torch_utils.device_funcs import force_gatherable
+from espnet2.train.abs_espnet_model import AbsESPnetModel
+
+from dldkit.depth.sampler import build_sampler
+from dldkit.errors import UserError
+from dldkit.sfm.loss import HiddenStateLoss, trim
+from dldkit.sfm.student import build_student
+from dldkit.sfm.teacher import Teacher, open_teacher
+from dldkit.sfm.wave import (
+    cnn_features,
+    frame_lengths,
+    hidden_states,
+    normalize_speech,
+)
+
+
+class SFMDistillModel(AbsESPnetModel):
+    """A student that learns a frozen teacher's hidden states (arXiv 2606.11766).
+
+    Args:
+        student_conf: keys of `transformers.HubertConfig`.
+        teacher: Hugging Face name or directory, ESPnet SSL model, or a directory of
+            cached targets.
+        teacher_layers: which of its layers are learnt, from 1; null = at a third, two
+            thirds and the end of its depth.
+        layer_weight: weight of the layer-to-layer term.
+        loss: `mse` | `l1_cosine`.
+        student_layers: which of the student's running layers carries which teacher
+            layer, for each depth, as {3: [1, 2, 3], 6: [2, 4, 6]}; null = the last
+            clone of each group (`dldkit.sfm.loss.carriers`).
+        cnn_init: `teacher` copies the weights of its CNN front end; null = random.
+        freeze_cnn: keep the CNN front end as it is.
+        depth_sampler: which layers a training step runs: `full` | `bernoulli` |
+            `uniform`.
+        keep_prob: probability of keeping a layer, for `bernoulli`.
+        min_depth: fewest layers of a training step.
+        teacher_size: dimension of its hidden states; null = ask the teacher.
+        normalize: bring speech to zero mean and unit variance; null = as the teacher.
+
+    Raises:
+        UserError: for options that are out of range or do not fit each other.
+    """
+
+    # collect_stats needs the lengths of the speech, nothing else
+    extract_feats_in_collect_stats = False
+
+    def __init__(
+        self,
+        student_conf: dict[str, Any],
+        teacher: Optional[str] = None,
+        teacher_layers: Optional[Sequence[int]] = None,
+        layer_weight: float = 0.5,
+        loss: str = "mse",
+        student_layers: Optional[dict[int, Sequence[int]]] = None,
+        cnn_init: Optional[str] = None,
+        freeze_cnn: bool = False,
+        depth_sampler: str = "full",
+        keep_prob: float = 0.5,
+        min_depth: int = 1,
+        teacher_size: Optional[int] = None,
+        normalize: Optional[bool] = None,
+    ):
+        super().__init__()
+        if cnn_init not in (None, "teacher"):
+            raise UserError(f"unknown cnn_init {cnn_init!r}: choose teacher or null")
+        sampler = build_sampler(depth_sampler, keep_prob, min_depth)
+        self.student = build_student(student_conf, sampler)
+        self.loss = HiddenStateLoss(
+            self.student.config.hidden_size,
+            teacher_size,
+            teacher_layers,
+            layer_weight,
+            loss,
+        )
+        self.student_layers = _checked(student_layers or {}, len(teacher_layers))
+        self.normalize = bool(normalize)
+        self.cnn_init = cnn_init
+        self.freeze_cnn = freeze_cnn
+        if freeze_cnn:
+            self.student.feature_extractor._freeze_parameters()
+        self.teacher_path = teacher
+        # No submodule on purpose: the teacher stays out of the state dict, the
+        # optimiser and averaging. It is opened at the first step, so export does
+        # without it.
+        self._teacher: Optional[Teacher] = None
+        self._shares_cnn = False
+        self._is_loaded = False
+        self.register_load_state_dict_post_hook(_remember_loading)
+
+    def forward(
+        self,
+        speech: torch.Tensor,
+        speech_lengths: torch.Tensor,
+        crop_starts: Optional[torch.Tensor] = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Return the loss, its parts, and the batch size.
+
+        Args:
+            speech: (Batch, Samples).
+            speech_lengths: (Batch,).
+            crop_starts: where in its utterance each crop begins, in samples (Batch,).
+            kwargs: `utt_id`, a list, finds cached targets.
+        """
+        speech = speech[:, : speech_lengths.max()]
+        teacher = self.open_teacher(speech.device)
+        features = self.cnn_features(speech, speech_lengths)
+        targets, target_lengths = teacher(
+            speech,
+            speech_lengths,
+            kwargs.get("utt_id"),
+            crop_starts,
+            **({"features": features} if self._shares_cnn else {}),
+        )
+        if self.training:
+            self.student.encoder.layers.draw()
+        lengths = frame_lengths(self.student, speech_lengths)
+        states = hidden_states(self.student, features, lengths)
+        states, targets, lengths = trim(states, lengths, targets, target_lengths)
+        depth = len(states) - 1
+        loss, stats = self.loss(
+            states, targets, lengths, self.student_layers.get(depth)
+        )
+        stats.update(loss=loss.detach(), depth=float(depth))
+        return force_gatherable((loss, stats, speech.size(0)), loss.device)
+
+    def cnn_features(
+        self, speech: torch.Tensor, speech_lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the student's CNN features (Batch, Time, Channels)."""
+        if self.normalize:
+            speech = normalize_speech(speech, speech_lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_cnn):
+            return cnn_features(self.student, speech)
+
+    def hidden_states(
+        self, speech: torch.Tensor, speech_lengths: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return the student's hidden states (Batch, Time, Dim), as `wave` does."""
+        features = self.cnn_features(speech, speech_lengths)
+        lengths = frame_lengths(self.student, speech_lengths)
+        return hidden_states(self.student, features, lengths)
+
+    def collect_feats(
+        self, speech: torch.Tensor, speech_lengths: torch.Tensor, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """Return the speech: the student has no features to collect."""
+        return {"feats": speech, "feats_lengths": speech_lengths}
+
+    def open_teacher(self, device: torch.device) -> Teacher:
+        """Open the teacher at its first use, and take over its CNN if that is asked.
+
+        Raises:
+            UserError: when it can not be loaded, or its CNN does not fit.
+        """
+        if self._teacher is None:
+            self._teacher = open_teacher(
+                self.teacher_path, self.loss.teacher_layers, device
+            )
+            if self.cnn_init == "teacher" and not self._is_loaded:
+                self._copy_cnn()
+            self._shares_cnn = self.freeze_cnn and self._has_the_teachers_cnn()
+        return self._teacher
+
+    def _copy_cnn(self) -> None:
+        cnn = _cnn(self._teacher)
+        try:
+            if cnn is None:
+                raise RuntimeError("it has no CNN on waveforms that could be read")
+            self.student.feature_extractor.load_state_dict(cnn.state_dict())
+        except RuntimeError as error:
+            raise UserError(
+                f"cnn_init: teacher: the CNN of {self.teacher_path} does not fit the "
+                f"student's: {error}. Give student_conf the conv_* and feat_extract_* "
+                "values of the teacher, or set cnn_init: null"
+            ) from error
+
+    def _has_the_teachers_cnn(self) -> bool:
+        cnn = _cnn(self._teacher)
+        if cnn is None or self._teacher.info.normalize != self.normalize:
+            return False
+        ours, theirs = self.student.feature_extractor.state_dict(), cnn.state_dict()
+        return list(ours) == list(theirs) and all(
+            torch.equal(value, theirs[key].to(value)) for key, value in ours.items()
+        )
+
+
+def _cnn(teacher: Teacher) -> Optional[torch.nn.Module]:
+    return getattr(getattr(teacher, "model", None), "feature_extractor", None)
+
+
+def _remember_loading(model: SFMDistillModel, _: Any) -> None:
+    model._is_loaded = True
+
+
+def _checked(
+    student_layers: dict[int, Sequence[int]], num_teacher_layers: int
+) -> dict[int, Sequence[int]]:
+    for depth, layers in student_layers.items():
+        fits = len(layers) == num_teacher_layers
+        if not fits or not all(1 <= layer <= int(depth) for layer in layers):
+            raise UserError(
+                f"student_layers {depth}: {list(layers)}: list {num_teacher_layers} "
+                f"layers from 1 to {depth}, one for each of teacher_layers"
+            )
+    return {int(depth): list(layers) for depth, layers in student_layers.items()}

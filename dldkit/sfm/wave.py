@@ -1,0 +1,90 @@
+"""The parts that HuBERT, WavLM and wav2vec2 of Hugging Face transformers share."""
+
+from contextlib import contextmanager
+from typing import Iterable, Iterator, Optional
+
+import torch
+from transformers import PreTrainedModel
+
+
+def normalize_speech(
+    speech: torch.Tensor, speech_lengths: torch.Tensor
+) -> torch.Tensor:
+    """Bring each utterance to zero mean and unit variance, as feature extractors do.
+
+    Args:
+        speech: (Batch, Samples).
+        speech_lengths: (Batch,).
+    """
+    valid = frame_mask(speech_lengths, speech.size(1))
+    count = speech_lengths[:, None]
+    mean = (speech * valid).sum(1, keepdim=True) / count
+    centred = (speech - mean) * valid
+    variance = centred.square().sum(1, keepdim=True) / count
+    return centred / (variance + 1e-7).sqrt()
+
+
+def frame_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
+    """Return which of `size` positions are valid: (Batch, size), bool."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def frame_lengths(model: PreTrainedModel, speech_lengths: torch.Tensor) -> torch.Tensor:
+    """Return how many frames (Batch,) the model's CNN makes of so many samples."""
+    return model._get_feat_extract_output_lengths(speech_lengths).long()
+
+
+def cnn_features(model: PreTrainedModel, speech: torch.Tensor) -> torch.Tensor:
+    """Return the features of the model's CNN front end: (Batch, Time, Channels)."""
+    return model.feature_extractor(speech).transpose(1, 2)
+
+
+def hidden_states(
+    model: PreTrainedModel, features: torch.Tensor, lengths: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return what enters the first layer, and what comes out of each that runs.
+
+    The last one is the model's output, after its final LayerNorm if it has one.
+    transformers' own forward would mask spans of the input, and build an attention
+    mask for a batch without padding: both cost time, and distillation needs neither.
+
+    Args:
+        features: (Batch, Time, Channels), see `cnn_features`.
+        lengths: valid frames (Batch,).
+    """
+    projected = model.feature_projection(features)
+    if isinstance(projected, tuple):  # wav2vec2 and WavLM return the input as well
+        projected = projected[0]
+    mask = None
+    if int(lengths.min()) < features.size(1):
+        mask = frame_mask(lengths, features.size(1))
+    with outputs_of(model.encoder.layers.children()) as states:
+        output = model.encoder(projected, attention_mask=mask)
+    return [*states[:-1], output.last_hidden_state]
+
+
+@contextmanager
+def outputs_of(layers: Iterable[torch.nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Gather what enters the first of the layers that run, and what each returns."""
+    states: list[torch.Tensor] = []
+
+    def gather(layer, args, kwargs, output):
+        if not states:
+            states.append(_first(args, kwargs))
+        states.append(_first((output,), None))
+
+    handles = [
+        layer.register_forward_hook(gather, with_kwargs=True) for layer in layers
+    ]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(args: tuple, kwargs: Optional[dict]) -> torch.Tensor:
+    value = args[0] if args else next(iter(kwargs.values()))
+    while isinstance(value, tuple):  # ESPnet's layers pass (x, positions), mask
+        value = value[0]
+    return value

@@ -1,0 +1,142 @@
+"""Distillation of speech foundation models as an ESPnet task."""
+
+import argparse
+from typing import Any, Callable, Optional
+
+import soundfile
+from espnet2.tasks.abs_task import AbsTask
+from espnet2.train.abs_espnet_model import AbsESPnetModel
+from espnet2.train.class_choices import ClassChoices
+from espnet2.utils.nested_dict_action import NestedDictAction
+
+from dldkit.data.datadir import read_table
+from dldkit.errors import UserError
+from dldkit.sfm.data import CropCollateFn
+from dldkit.sfm.model import SFMDistillModel
+from dldkit.sfm.teacher import teacher_info
+from dldkit.train.choices import TrainerChoice, trainer_choices
+
+model_choices = ClassChoices(
+    name="model",
+    classes=dict(sfm_distill=SFMDistillModel),
+    type_check=AbsESPnetModel,
+    default="sfm_distill",
+)
+
+
+class SFMDistillTask(TrainerChoice, AbsTask):
+    """Distils a frozen teacher into a student of variable depth."""
+
+    class_choices_list = [model_choices, trainer_choices]
+
+    @classmethod
+    def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the options of this task."""
+        group = parser.add_argument_group("Task related")
+        group.add_argument(
+            "--student_conf",
+            action=NestedDictAction,
+            default=dict(),
+            help="The student: keys of transformers.HubertConfig",
+        )
+        group.add_argument(
+            "--collate_fn_conf",
+            action=NestedDictAction,
+            default=dict(),
+            help="Batches: crop (true: cut all to the shortest utterance, false: pad) "
+            "and max_seconds (longer ones are cut)",
+        )
+        for choices in cls.class_choices_list:
+            choices.add_arguments(group)
+
+    @classmethod
+    def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable:
+        """Return what makes batches."""
+        conf = args.collate_fn_conf
+        if args.collect_stats:  # lengths of whole utterances
+            conf = {"crop": False, "max_seconds": float("inf")}
+        try:
+            return CropCollateFn(train, **conf)
+        except TypeError as error:
+            raise UserError(f"collate_fn_conf: {error}") from None
+
+    @classmethod
+    def build_preprocess_fn(
+        cls, args: argparse.Namespace, train: bool
+    ) -> Optional[Callable]:
+        """Return None: speech is used as it is."""
+        return None
+
+    @classmethod
+    def required_data_names(
+        cls, train: bool = True, inference: bool = False
+    ) -> tuple[str, ...]:
+        """Return the data that training needs."""
+        return ("speech",)
+
+    @classmethod
+    def optional_data_names(
+        cls, train: bool = True, inference: bool = False
+    ) -> tuple[str, ...]:
+        """Return the data that training may have: none."""
+        return ()
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> AbsESPnetModel:
+        """Build the model; what depends on the teacher is written into `args`.
+
+        So the config that training saves is enough to build the student again.
+
+        Raises:
+            UserError: for options that do not fit.
+        """
+        args.model_conf = complete(args.model_conf)
+        try:
+            return model_choices.get_class(args.model)(
+                student_conf=args.student_conf, **args.model_conf
+            )
+        except TypeError as error:
+            raise UserError(f"model_conf: {error}") from error
+
+    @classmethod
+    def main_worker(cls, args: argparse.Namespace) -> None:
+        """Train, once it is clear that speech and teacher have one sampling rate."""
+        rate = teacher_info(_teacher(args.model_conf)).sampling_rate
+        for path, name, _ in (
+            args.train_data_path_and_name_and_type
+            + args.valid_data_path_and_name_and_type
+        ):
+            utt, file = next(iter(read_table(path).items()))
+            found = soundfile.info(file).samplerate
+            if found != rate:
+                raise UserError(
+                    f"{path}: utterance {utt} has {found} Hz, but the teacher takes "
+                    f"{rate} Hz: format the data with --fs {rate} (stage 3)"
+                )
+        super().main_worker(args)
+
+
+def _teacher(model_conf: dict[str, Any]) -> str:
+    teacher = model_conf.get("teacher")
+    if not teacher:
+        raise UserError(
+            "model_conf names no teacher: set it to a Hugging Face name or directory, "
+            "an ESPnet SSL model, or a directory of cached targets"
+        )
+    return teacher
+
+
+def complete(model_conf: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with those filled in that the teacher decides."""
+    needed = ("teacher_layers", "teacher_size", "normalize")
+    if all(model_conf.get(key) is not None for key in needed):
+        return model_conf
+    info = teacher_info(_teacher(model_conf))
+    thirds = sorted({-(-info.num_layers * i // 3) for i in (1, 2, 3)})
+    found = dict(
+        teacher_layers=info.layers or thirds,
+        teacher_size=info.hidden_size,
+        normalize=info.normalize,
+    )
+    given = {k: v for k, v in model_conf.items() if v is not None}
+    return {**model_conf, **found, **given}
