@@ -3,7 +3,7 @@ from setuptools import find_packages, setup
 setup(
     name="dldkit",
     version="0.1.0",
-    description="Speech recognition models whose encoder depth is chosen at run time",
+    description="Speech models of variable depth: layer dropping and stacking",
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=["dldkit*"]),
@@ -25,10 +25,13 @@ setup(
     ],
     extras_require={
         "espeak": ["espeakng-loader"],  # synthesised digits
+        "sfm": ["transformers", "safetensors"],  # foundation models
+        "superb": ["espnet-s3prl", "editdistance", "sed_eval", "more_itertools"],
         "cluster": ["dask-jobqueue"],  # SLURM, PBS, SGE, LSF
         "test": [
             "pytest",
             "pytest-timeout",
+            "espnet-s3prl",  # an exported student is loaded in it
             "black",
             "isort",
             "flake8",

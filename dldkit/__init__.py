@@ -1,4 +1,4 @@
-"""dldkit: speech recognisers whose encoder depth is chosen at run time."""
+"""dldkit: speech models whose encoder depth is chosen at run time, or grows."""
 
 __version__ = "0.1.0"
 

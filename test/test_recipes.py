@@ -7,16 +7,22 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "egs2" / "TEMPLATE" / "asr1"
 RECIPES = sorted(path.parents[1] for path in ROOT.glob("egs2/*/asr1/conf"))
 SYSTEMS = sorted((ROOT / "conf" / "systems").glob("*.yaml"))
+SSL_TEMPLATE = ROOT / "egs2" / "TEMPLATE" / "ssl1"
+SSL_RECIPES = sorted(path.parents[1] for path in ROOT.glob("egs2/*/ssl1/conf"))
+SSL_SYSTEMS = sorted((ROOT / "conf" / "systems_ssl").glob("*.yaml"))
 GENERATED = {".venv", "data", "dump", "exp", "exp_fbank", "exp_bpe", "downloads"}
 SCRIPTS = [
     path
@@ -27,17 +33,18 @@ SCRIPTS = [
 pytestmark = pytest.mark.integration
 
 
+def environment(**changes):
+    """This process's variables, with this Python first in PATH."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **changes}
+
+
 def shell(*command, cwd, status=0, env=None, timeout=800):
-    """Run a command with this Python first in PATH; return all that it printed."""
-    env = env or {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
+    """Run a command; return all that it printed."""
     process = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=env,
+        env=env or environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -107,7 +114,11 @@ def test_shellcheck_finds_nothing():
     shell(checker, *SCRIPTS, ROOT / ".ci" / "run", cwd=ROOT)
 
 
-@pytest.mark.parametrize("script", [TEMPLATE / "asr.sh", ROOT / "run_all.sh"])
+@pytest.mark.parametrize(
+    "script",
+    [TEMPLATE / "asr.sh", SSL_TEMPLATE / "sfm.sh", ROOT / "run_all.sh"],
+    ids=lambda path: path.name,
+)
 def test_help_prints_every_option_with_its_default(script):
     text = shell(script, "--help", cwd=ROOT)
     found = options(script)
@@ -117,10 +128,15 @@ def test_help_prints_every_option_with_its_default(script):
     assert len(re.findall(r"^  --", text, re.M)) == len(found)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [path / "asr1" for path in RECIPES] + [path / "ssl1" for path in SSL_RECIPES],
+    ids=lambda path: f"{path.parent.name}-{path.name}",
+)
 def test_help_of_a_recipe_shows_its_own_values(recipe):
-    text = shell("./run.sh", "--help", cwd=recipe / "asr1")
-    script = (recipe / "asr1" / "run.sh").read_text()
+    text = shell("./run.sh", "--help", cwd=recipe, env=environment(TEACHER=""))
+    script = (recipe / "run.sh").read_text()
+    script = script.replace("${TEACHER:-", "").replace("}", "")
     own = dict(re.findall(r'^    --(\w+) "?(.*?)"? \\$', script, re.M))
     assert own
     for name, value in own.items():
@@ -159,8 +175,53 @@ def test_impossible_settings_are_refused_at_once(words, complaint):
 
 
 def test_run_all_refuses_unknown_recipes_before_it_installs():
-    text = shell("./run_all.sh", "--recipes", "digits nope", cwd=ROOT, status=1)
-    assert "egs2/nope" in text and "nstall" not in text
+    for name, directory in (("nope", "nope/asr1"), ("nope_ssl", "nope/ssl1")):
+        text = shell("./run_all.sh", "--recipes", f"digits {name}", cwd=ROOT, status=1)
+        assert f"no egs2/{directory}/run.sh" in text and "nstall" not in text
+
+
+def test_run_all_prints_one_table_for_each_kind_of_recipe(tmp_path):
+    """Its own part alone: recipes of two lines each, and nothing to install."""
+    for file in ("run_all.sh", "egs2/TEMPLATE/asr1/options.sh"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    scripts = {"tools/install.sh": "true"}
+    for name, kind, title, report in (
+        (
+            "a",
+            "asr1",
+            "Scores and depth report",
+            "| system | WER |\n|---|--:|\n| dld | 1.5 |\n",
+        ),
+        ("b", "ssl1", "Probe scores", "|upstream|WER|\n|---|--:|\n|full|2.5|\n"),
+        ("c", "ssl1", "Probe scores", "|upstream|WER|\n|---|--:|\n|full|3.5|\n"),
+    ):
+        directory = tmp_path / "egs2" / name / kind
+        directory.mkdir(parents=True)
+        (directory / "RESULTS.md").write_text(f"{report}\nMade by somebody.\n")
+        end = "false" if name == "c" else "true"
+        scripts[f"egs2/{name}/{kind}/run.sh"] = (
+            f"cd $(dirname $0); echo 'Stage 13: {title}: RESULTS.md'; {end}"
+        )
+    for file, content in scripts.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(f"#!/usr/bin/env bash\n{content}\n")
+        (tmp_path / file).chmod(0o755)
+
+    text = shell("./run_all.sh", "--recipes", "a b_ssl c_ssl", cwd=tmp_path, status=1)
+
+    table = [re.sub(" +", " ", line) for line in text.splitlines() if "|" in line]
+    assert table == [
+        "| recipe | system | WER |",
+        "| ---------------- |---|--:|",
+        "| a | dld | 1.5 |",
+        "| recipe |upstream|WER|",
+        "| ---------------- |---|--:|",
+        "| b_ssl |full|2.5|",
+        "| c_ssl |full|3.5|",
+    ]
+    assert "b_ssl, report: egs2/b/ssl1/RESULTS.md" in text
+    assert text.endswith("these recipes failed: c_ssl\n")
 
 
 def test_install_without_a_python_says_what_to_do(tmp_path):
@@ -188,18 +249,19 @@ def copy_of_the_recipes(directory):
                 else shutil.ignore_patterns("__pycache__")
             ),
         )
-    return directory / "egs2" / "mini_an4" / "asr1"
+    return directory / "egs2"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """mini_an4 after stages 1-15, and what they printed."""
-    recipe = copy_of_the_recipes(tmp_path_factory.mktemp("recipes"))
+    egs2 = copy_of_the_recipes(tmp_path_factory.mktemp("recipes"))
+    recipe = egs2 / "mini_an4" / "asr1"
     return recipe, shell("./run.sh", cwd=recipe)
 
 
 def test_a_stage_without_the_one_before_says_which(tmp_path):
-    recipe = copy_of_the_recipes(tmp_path)
+    recipe = copy_of_the_recipes(tmp_path) / "mini_an4" / "asr1"
     for stage, needed in ((4, "stage 3"), (6, "stage 5"), (12, "stage 11")):
         words = ["--stage", stage, "--stop_stage", stage]
         text = shell("./run.sh", *words, cwd=recipe, status=1)
@@ -296,3 +358,283 @@ def test_a_training_does_not_go_on_with_other_data(finished):
     text = shell("./run.sh", *words, cwd=recipe, status=1)
     data.write_text(key)
     assert "exp/asr_static was trained on other data" in text
+
+
+# ---------------------------------------------------------------- digits, ssl1
+
+TINY_STUDENT = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_attention_heads=2,
+    num_hidden_layers=4,
+    conv_dim=[8] * 7,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=2,
+)
+SMALL = "--num_valid 2 --num_strings 10 --num_valid_strings 2 --num_probe_train 12"
+
+
+def write_teacher(directory, layers):
+    """A small HuBERT with random weights, as transformers saves it."""
+    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+    torch.manual_seed(0)
+    config = HubertConfig(**{**TINY_STUDENT, "num_hidden_layers": layers})
+    HubertModel(config).save_pretrained(directory)
+    Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("recipe", SSL_RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("system", SSL_SYSTEMS, ids=lambda path: path.stem)
+def test_every_distillation_config_builds_its_student(
+    recipe, system, tmp_path, capsys, monkeypatch
+):
+    from dldkit.bin import merge_config, sfm_distill_train
+
+    monkeypatch.chdir(tmp_path)
+    write_teacher("teacher", layers=12)
+    config = recipe / "ssl1" / "conf" / "train_sfm.yaml"
+    merge_config.main([str(config), str(system), "model_conf.teacher=teacher"])
+    Path("train.yaml").write_text(capsys.readouterr().out)
+    soundfile.write("a.wav", np.zeros(16000), 16000)
+    Path("wav.scp").write_text("a a.wav\n")
+
+    sfm_distill_train.main(
+        "--dry_run true --config train.yaml --output_dir out "
+        "--train_data_path_and_name_and_type wav.scp,speech,sound "
+        "--valid_data_path_and_name_and_type wav.scp,speech,sound".split()
+    )
+
+    built = yaml.safe_load(Path("out/config.yaml").read_text())
+    assert (built["trainer"] == "resumable") == (system.stem == "full")
+    conf = built["trainer_conf"]
+    if system.stem != "full":
+        assert conf["depths"] == [3, 6, 9, 12]
+        assert conf["method"] == dict(stackbert="stack").get(
+            system.stem, system.stem.split("_")[0]
+        )
+        assert (conf["schedule"] == "prop") == (system.stem == "interleave_prop1")
+    assert len(built["model_conf"]["teacher_layers"]) == 3
+    assert built["best_model_criterion"] == [["valid", "loss", "min"]]
+    # 7 % of the steps to warm up, then linearly to zero, which is where it stays
+    steps = built["max_epoch"] * built["num_iters_per_epoch"]
+    start, peak, end, _ = built["scheduler_conf"]["warmup_steps_list"]
+    assert (start, peak, end) == (0, round(0.07 * steps), steps)
+    rate = built["optim_conf"]["lr"]
+    assert built["scheduler_conf"]["warmup_lr_list"] == [0.0, rate, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["--system", "nope"], "there is no nope.yaml"),
+        (["--targets", "dead"], "choose live or cached"),
+        (["--probe", "nope"], "choose probe, superb or none"),
+        (["--stop_stage", "9"], "there is no teacher: set --teacher, or TEACHER"),
+        (["--stop_stage", "1"], "there is no unlabelled speech: set UNLABELLED"),
+        (
+            ["--stop_stage", "1", "--local_data_opts", "--unlabelled missing"],
+            "missing is not a directory",
+        ),
+    ],
+)
+def test_impossible_distillations_are_refused(words, complaint, tmp_path):
+    recipe = copy_of_the_recipes(tmp_path) / "digits" / "ssl1"
+    env = environment(TEACHER="", UNLABELLED="")
+    assert complaint in shell("./run.sh", *words, cwd=recipe, status=1, env=env)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """Variables that name a teacher, unlabelled speech, and digits.
+
+    The digits are FSDD's where $FSDD is set, else chords that stand for them; the
+    unlabelled speech is strung from them, in folders, in two formats.
+    """
+    root = tmp_path_factory.mktemp("speech")
+    fsdd = os.environ.get("FSDD")
+    rng = np.random.default_rng(0)
+    if not fsdd:
+        fsdd = root / "fsdd"
+        fsdd.mkdir()
+        time = np.arange(3200) / 8000
+        names = "george jackson lucas nicolas theo yweweler".split()
+        for digit, (voice, name) in product(range(10), enumerate(names)):
+            chord = np.sin(2 * np.pi * (150 + 20 * voice) * time)
+            chord += np.sin(2 * np.pi * 200 * (2 + digit) * time)
+            for take in range(50):
+                noisy = 0.2 * chord + 0.01 * rng.standard_normal(len(time))
+                soundfile.write(fsdd / f"{digit}_{name}_{take}.wav", noisy, 8000)
+    recordings = sorted(Path(fsdd).rglob("*.wav"))
+    for number in range(8):
+        chosen = rng.choice(recordings, 4)
+        samples = np.concatenate([soundfile.read(path)[0] for path in chosen])
+        folder = root / "unlabelled" / f"speaker {number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{number}.{'wav' if number % 2 else 'flac'}"
+        soundfile.write(folder / name, samples, 8000)
+    (root / "unlabelled" / "notes.txt").write_text("no audio")
+    return dict(
+        TEACHER=str(write_teacher(root / "teacher", layers=3)),
+        UNLABELLED=str(root / "unlabelled"),
+        FSDD=str(fsdd),
+    )
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, speech):
+    """digits/ssl1 with a tiny student that grows; what stages 1-15 printed."""
+    recipe = copy_of_the_recipes(tmp_path_factory.mktemp("recipes"))
+    recipe = recipe / "digits" / "ssl1"
+    config = yaml.safe_load((recipe / "conf" / "train_sfm.yaml").read_text())
+    config.update(
+        student_conf=TINY_STUDENT, batch_size=4, num_iters_per_epoch=3, max_epoch=4
+    )
+    config["model_conf"]["teacher_layers"] = [2, 3]
+    (recipe / "conf" / "train_sfm.yaml").write_text(yaml.safe_dump(config))
+    (recipe / "conf" / "systems").mkdir()
+    (recipe / "conf" / "systems" / "interleave_eql.yaml").write_text(
+        "trainer_conf: {depths: [2, 4]}\n"
+    )
+
+    def run(*words, status=0, **variables):
+        command = ["./run.sh", "--system", "interleave_eql", "--num_threads", "1"]
+        command += ["--nj", "1", "--local_data_opts", f"{SMALL} --num_probe_test 6"]
+        env = environment(**{**speech, **variables})
+        return shell(*command, *words, cwd=recipe, status=status, env=env)
+
+    return recipe, run, run("--export_depths", "2")
+
+
+def table_of(path):
+    return dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
+
+
+def test_data_of_a_distillation(distilled, speech):
+    recipe, _, _ = distilled
+    for root in (recipe / "data", recipe / "dump" / "raw"):
+        train, valid = table_of(root / "train/wav.scp"), table_of(
+            root / "valid/wav.scp"
+        )
+        files = {utt for utt in {**train, **valid} if utt.startswith("speaker_")}
+        assert files == {f"speaker_{n % 2}-{n}" for n in range(8)}
+        held_out = sorted(files)[0], sorted(files)[4]
+        assert files & set(valid) == set(held_out)
+        assert len(train) == 6 + 10 and len(valid) == 2 + 2
+        assert not set(train) & set(valid)
+        for name in ("train", "valid"):
+            assert not (root / name / "text").exists()
+        for name, size in (("digits_train", 600), ("digits_test", 300)):
+            text, speakers = table_of(root / name / "text"), table_of(
+                root / name / "utt2spk"
+            )
+            assert len(text) == size and len(set(speakers.values())) == 6
+            assert len(set(text.values())) == 10
+        assert len(table_of(root / "strings_test/text")) == 6
+    takes = {utt.split("-")[2] for utt in table_of(recipe / "data/digits_test/text")}
+    assert takes == {"00", "01", "02", "03", "04"}  # FSDD's own test set
+    used = " ".join(table_of(recipe / "data/strings_train/utt2recordings").values())
+    assert not {f"{t}" for t in range(10)} & {r.split("_")[2] for r in used.split()}
+    for wav in list(table_of(recipe / "dump/raw/train/wav.scp").values()):
+        assert soundfile.info(recipe / wav).samplerate == 16000
+
+
+def test_all_stages_of_a_distillation(distilled, speech):
+    from transformers import AutoModel
+
+    recipe, _, printed = distilled
+    for stage in (1, 3, 4, *range(9, 16)):
+        assert f"Stage {stage}: " in printed
+    assert "4epoch results: [train] " in printed
+    exp = recipe / "exp" / "sfm_interleave_eql"
+    config = yaml.safe_load((exp / "config.yaml").read_text())
+    assert config["model_conf"]["teacher"] == "exp/targets_teacher"
+    assert config["trainer_conf"]["depths"] == [2, 4]
+    lengths = table_of(recipe / "dump/raw/train/utt2num_samples")
+    assert table_of(recipe / "exp/sfm_stats/train/speech_shape") == lengths
+    assert set(table_of(recipe / "exp/targets_teacher/targets.scp")) == {
+        *lengths,
+        *table_of(recipe / "dump/raw/valid/wav.scp"),
+    }
+    # the average holds epochs of full depth alone: the last two of four
+    averaged = os.readlink(exp / "valid.loss.ave.pth")
+    assert averaged == "valid.loss.ave_2best.pth"
+    for name, layers in (("hf", 4), ("hf_depth2", 2)):
+        model = AutoModel.from_pretrained(exp / name)
+        assert model.config.num_hidden_layers == layers
+    for row in ("teacher", "interleave_eql", "interleave_eql_depth2"):
+        assert f"|{row}|" in printed and f"|{row}|" in (exp / "RESULTS.md").read_text()
+
+    (packed,) = exp.glob("*.zip")
+    names = zipfile.ZipFile(packed).namelist()
+    for name in ("config.yaml", averaged, "RESULTS.md", "hf/model.safetensors"):
+        assert f"exp/sfm_interleave_eql/{name}" in names
+    assert not [name for name in names if "targets" in name or "checkpoint" in name]
+    card = exp / "huggingface"
+    assert "library_name: transformers" in (card / "README.md").read_text()
+    AutoModel.from_pretrained(card)
+
+
+def test_a_second_distillation_keeps_everything(distilled):
+    recipe, run, _ = distilled
+    patterns = (
+        "sfm_*/*epoch.pth sfm_*/*.zip sfm_*/hf*/* sfm_stats/*/* targets_*/* probe/*"
+    )
+    kept = [path for p in patterns.split() for path in (recipe / "exp").glob(p)]
+    kept = [path for path in kept if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert len(before) > 15
+    printed = run("--export_depths", "2")
+    assert "is trained already" in printed and "epoch results" not in printed
+    assert "|interleave_eql|" in printed  # the table is shown again
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+
+
+def test_a_student_does_not_go_on_with_another_teacher(distilled, tmp_path):
+    _, run, _ = distilled
+    teacher = write_teacher(tmp_path / "other", layers=3)
+    words = ["--stage", 11, "--stop_stage", 11, "--targets", "live"]
+    text = run(*words, status=1, TEACHER=str(teacher))
+    assert "exp/sfm_interleave_eql was trained on other data" in text
+    text = run("--stage", 11, "--stop_stage", 11, status=1, TEACHER=str(teacher))
+    assert "exp/targets_other/targets.scp does not exist: run stage 9 first" in text
+
+
+def test_run_sh_of_a_distillation_resumes_it(distilled):
+    recipe, _, _ = distilled
+    exp = recipe / "exp" / "sfm_interleave_eql"
+    shell(exp / "run.sh", "--max_epoch", "5", cwd="/")
+    assert (exp / "5epoch.pth").exists()
+    assert (exp / "train.log").read_text().count("1epoch results") == 1
+
+
+def test_the_comparison_of_growing_students(distilled, speech):
+    """Last: it changes the README of the copy."""
+    recipe, _, _ = distilled
+    words = ["--systems", "full interleave_eql", "--more_seeds", "2"]
+    words += ["--more_seeds_for", "full", "--probe_seeds", "0", "--num_threads", "1"]
+    exp = recipe / "exp" / "compare"
+    exp.mkdir(parents=True)
+    (exp / "step_time.json").write_text('{"full": 1.0, "interleave_eql": 0.75}')
+    words += ["--run_opts", f"--local_data_opts '{SMALL} --num_probe_test 6'"]
+    shell("local/compare.sh", *words, cwd=recipe, env=environment(**speech))
+    rows = {
+        line.split("|")[1]: line.split("|")[2:]
+        for line in (recipe / "README.md").read_text().splitlines()
+        if line.startswith("|")
+    }
+    assert rows["full"][0] == "2" and rows["full"][2] == "1.00"
+    assert rows["interleave_eql"][0] == "1" and rows["interleave_eql"][3] == "0.75"
+    assert rows["teacher"][:5] == rows["untrained"][:5] == [""] * 5
+    numbers = json.loads((exp / "comparison.json").read_text())
+    log = (exp / "sfm_full_seed1" / "train.log").read_text()
+    last = re.findall(r"4epoch results: .*\[valid\] .*?\bloss=([0-9.]+)", log)[-1]
+    assert numbers["full"]["trainings"][0]["loss"] == pytest.approx(
+        float(last), rel=0.01
+    )
+    for scores in numbers.values():
+        for values in scores["scores"]:
+            assert all(
+                0 <= v for score in values if "path" != score for v in values[score]
+            )

@@ -8,14 +8,15 @@
 #   DLDKIT_VENV    the virtual environment to make or reuse
 #   DLDKIT_PYTHON  the Python 3.12 or 3.13 to make it with (default: searched in PATH,
 #                  pyenv and uv)
-#   DLDKIT_EXTRAS  extras to install (default: espeak,test; `cluster` adds dask-jobqueue)
+#   DLDKIT_EXTRAS  extras to install (default: espeak,sfm,test; `cluster` adds dask-jobqueue,
+#                  `superb` what SUPERB's tasks need)
 #   pip's own variables work too: to do without CUDA, for example,
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu tools/install.sh
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${DLDKIT_VENV:-${root}/.venv}
-extras=${DLDKIT_EXTRAS:-espeak,test}
+extras=${DLDKIT_EXTRAS:-espeak,sfm,test}
 
 case ${1-} in
     "") ;;

@@ -1,7 +1,5 @@
 """The frozen reference: where the posteriors that pull the student come from."""
 
-import random
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional, Protocol, Sequence, Union
@@ -15,6 +13,7 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from dldkit.asr.loading import load_asr_model
 from dldkit.asr.losses import Posteriors
 from dldkit.errors import UserError
+from dldkit.random_state import untouched_random_numbers
 
 POSTERIORS_SCP = "posteriors.scp"
 POSTERIORS_DESCRIPTION = "reference.yaml"
@@ -127,23 +126,13 @@ def open_reference(path: Union[str, Path], student: ESPnetASRModel) -> Reference
         UserError: when there is no reference at `path`, or it does not fit.
     """
     device = next(student.parameters()).device
-    with _untouched_random_numbers():
+    with untouched_random_numbers():
         if (Path(path) / POSTERIORS_SCP).is_file():
             reference = CachedReference(path)
         else:
             reference = LiveReference(path, device)
         reference.description.refuse_difference(Description.of(student), str(path))
     return reference
-
-
-@contextmanager
-def _untouched_random_numbers():
-    """Undo what building a model draws: a resumed run opens the reference elsewhere."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):  # models are built on the CPU
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
 
 
 class LiveReference:

@@ -25,6 +25,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fs", type=int, help="sampling rate in Hz; default: asks the first file"
     )
+    parser.add_argument(
+        "--no_text", action="store_true", help="take data without transcripts"
+    )
     return parser
 
 
@@ -35,7 +38,14 @@ def main(cmd=None) -> None:
         level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
     )
     args = get_parser().parse_args(cmd)
-    filter_data(args.src, args.dst, args.min_length, args.max_length, args.fs)
+    filter_data(
+        args.src,
+        args.dst,
+        args.min_length,
+        args.max_length,
+        args.fs,
+        text=not args.no_text,
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parallel_config", help="YAML file that names a cluster, instead of --nj"
     )
+    parser.add_argument(
+        "--no_text", action="store_true", help="take data without transcripts"
+    )
     return parser
 
 
@@ -41,7 +44,14 @@ def main(cmd=None) -> None:
     )
     args = get_parser().parse_args(cmd)
     form = Format(args.feats_type, args.fs, args.audio_format, args.n_mels)
-    format_data(args.src, args.dst, form, args.nj, args.parallel_config)
+    format_data(
+        args.src,
+        args.dst,
+        form,
+        args.nj,
+        args.parallel_config,
+        text=not args.no_text,
+    )
 
 
 if __name__ == "__main__":

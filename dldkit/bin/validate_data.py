@@ -14,6 +14,9 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("directories", nargs="+", help="data directories")
+    parser.add_argument(
+        "--no_text", action="store_true", help="take data without transcripts"
+    )
     return parser
 
 
@@ -25,7 +28,8 @@ def main(cmd=None) -> None:
     )
     args = get_parser().parse_args(cmd)
     for directory in args.directories:
-        logging.info(f"{directory}: {len(utterances(directory))} utterances")
+        count = len(utterances(directory, text=not args.no_text))
+        logging.info(f"{directory}: {count} utterances")
 
 
 if __name__ == "__main__":

@@ -85,21 +85,29 @@ def read_source(directory: PathLike) -> str | None:
 
 
 def subset_data_dir(src: PathLike, dst: PathLike, utts: Iterable[str]) -> None:
-    """Write `text`, `utt2spk`, `spk2utt`, `corpus_source` of `src` for `utts`."""
+    """Write `text`, `utt2spk`, `spk2utt`, `corpus_source` of `src` for `utts`.
+
+    A directory without `text` gets none.
+    """
     src, utts = Path(src), list(utts)
     tables = {}
     for name in ("text", "utt2spk"):
+        if name == "text" and not (src / name).is_file():
+            continue
         table = read_table(src / name, allow_empty=True)
         tables[name] = {utt: table[utt] for utt in utts}
     write_data_dir(dst, read_source(src), **tables)
 
 
-def utterances(directory: PathLike) -> list[str]:
+def utterances(directory: PathLike, text: bool = True) -> list[str]:
     """Return the utterance ids of a directory whose tables agree.
 
     The ids are those of `segments`, else of `wav.scp`, else of `feats.scp`; every
     other table must hold exactly them. Empty transcripts are allowed here: stage 3
     and 4 drop them and say so.
+
+    Args:
+        text: whether there must be transcripts; if not, there may be.
 
     Raises:
         UserError: names the file, how many keys differ, and the first of them.
@@ -118,8 +126,13 @@ def utterances(directory: PathLike) -> list[str]:
     if key_file == "segments":
         recordings = {value.split()[0] for value in keys.values()}
         _compare(directory, "wav.scp", "segments", recordings)
-    others = ["text", "utt2spk"]
-    optional = ("utt2speed", "utt2num_samples", "feats_shape")
+    if text and not (directory / "text").is_file():
+        raise UserError(
+            f"{directory / 'text'} does not exist; --no_text takes data without "
+            "transcripts"
+        )
+    others = ["utt2spk"]
+    optional = ("text", "utt2speed", "utt2num_samples", "feats_shape")
     others += [name for name in optional if (directory / name).is_file()]
     if key_file != "feats.scp" and (directory / "feats.scp").is_file():
         others.append("feats.scp")
@@ -135,6 +148,12 @@ def utterances(directory: PathLike) -> list[str]:
             "or write it again from utt2spk"
         )
     return sorted(keys)
+
+
+def empty_transcripts(directory: PathLike) -> set[str]:
+    """Return the ids of utterances whose transcript is empty."""
+    table = read_table(Path(directory) / "text", allow_empty=True)
+    return {utt for utt, text in table.items() if not text}
 
 
 def _compare(directory: Path, name: str, key_file: str, expected: set) -> None:

@@ -14,6 +14,7 @@ from dldkit.data.audio import BadAudio, convert, read_audio, write_audio
 from dldkit.data.datadir import (
     Marker,
     Table,
+    empty_transcripts,
     read_table,
     report_dropped,
     subset_data_dir,
@@ -71,24 +72,32 @@ class Outcome:
 
 
 def format_data(
-    src: str, dst: str, form: Format, nj: int = 1, parallel_config: str | None = None
+    src: str,
+    dst: str,
+    form: Format,
+    nj: int = 1,
+    parallel_config: str | None = None,
+    text: bool = True,
 ) -> None:
     """Write `dst` from `src`; a finished `dst` is kept, an interrupted one goes on.
 
     Utterances whose audio or features are missing, corrupt or empty, and those with an
     empty transcript, are dropped: `dst/dropped.txt` lists them with the reason.
 
+    Args:
+        text: whether every utterance must have a transcript.
+
     Raises:
         UserError: `src` is inconsistent, or nothing in it can be used.
     """
-    utts = utterances(src)
-    marker = Marker(src, dst, **asdict(form))
+    utts = utterances(src, text)
+    marker = Marker(src, dst, **asdict(form), text=text)
     if marker.is_done():
         return
     marker.start()
     logging.info(f"formatting {src} -> {dst}: {form.feats_type}")
-    text = read_table(Path(src) / "text", allow_empty=True)
-    spoken = [utt for utt in utts if text[utt]]
+    silent = empty_transcripts(src) if text else set()
+    spoken = [utt for utt in utts if utt not in silent]
     if form.feats_type == "extracted":
         outcome = _check_extracted(src, spoken)
     else:
@@ -99,7 +108,7 @@ def format_data(
         outcome = Outcome()
         for part in parallel_map(work, jobs, nj, f"format {name}", parallel_config):
             outcome.update(part)
-    outcome.dropped.update((u, "empty transcript") for u in utts if not text[u])
+    outcome.dropped.update((utt, "empty transcript") for utt in silent)
     report_dropped(dst, outcome.dropped, len(utts))
     for rate in sorted(set(outcome.rates.values()) - {form.fs}):
         logging.info(f"{src}: resampled from {rate} Hz to {form.fs} Hz")

@@ -7,6 +7,7 @@ import soundfile
 
 from dldkit.data.datadir import (
     Marker,
+    empty_transcripts,
     read_table,
     report_dropped,
     subset_data_dir,
@@ -21,6 +22,7 @@ def filter_data(
     min_length: float,
     max_length: float,
     fs: int | None = None,
+    text: bool = True,
 ) -> None:
     """Write `dst` with the utterances of formatted `src` of a suitable length.
 
@@ -28,12 +30,15 @@ def filter_data(
         min_length, max_length: inclusive bounds in seconds (audio) or frames
             (features).
         fs: sampling rate in Hz; None asks the first audio file.
+        text: whether every utterance must have a transcript.
 
     Raises:
         UserError: nothing is left.
     """
-    utts = utterances(src)
-    marker = Marker(src, dst, min_length=min_length, max_length=max_length, fs=fs)
+    utts = utterances(src, text)
+    marker = Marker(
+        src, dst, min_length=min_length, max_length=max_length, fs=fs, text=text
+    )
     if marker.is_done():
         return
     marker.start()
@@ -41,14 +46,14 @@ def filter_data(
     raw = (directory / "utt2num_samples").is_file()
     scp, sizes = ("wav.scp", "utt2num_samples") if raw else ("feats.scp", "feats_shape")
     entries, size = read_table(directory / scp), read_table(directory / sizes)
-    text = read_table(directory / "text", allow_empty=True)
+    silent = empty_transcripts(src) if text else set()
     if raw and fs is None:
         fs = soundfile.info(next(iter(entries.values()))).samplerate
     scale, unit = (fs, "s") if raw else (1, "frames")
     dropped = {}
     for utt in utts:
         length = int(size[utt].split(",")[0]) / scale
-        if not text[utt]:
+        if utt in silent:
             dropped[utt] = "empty transcript"
         elif length < min_length:
             dropped[utt] = f"{length:g} {unit}, shorter than {min_length:g}"

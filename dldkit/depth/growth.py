@@ -141,6 +141,8 @@ def boundaries(
         UserError: for fractions that do not fit, or a stage without a step.
     """
     shares = [float(share) for share in fractions or ()]
+    if fractions and schedule != "fractions":
+        raise UserError(f"fractions {shares} need schedule: fractions, not {schedule}")
     if schedule == "equal":
         shares = [1.0] * stages
     elif schedule == "prop":

@@ -9,6 +9,7 @@ from espnet2.train.collate_fn import common_collate_fn
 from dldkit.errors import UserError
 
 FRAME = 320  # samples between frames: crops begin at a frame of the cached targets
+SHORTEST = 2 * FRAME
 
 
 class CropCollateFn:
@@ -16,9 +17,13 @@ class CropCollateFn:
 
     Args:
         train: crops begin at random places; otherwise they are taken from the middle.
-        crop: cut all to the shortest one; False = pad to the longest one.
+        crop: cut all to the shortest one; False = pad to the longest one, which a CNN
+            with GroupNorm (HuBERT-base) hears: its norm is over all of the time.
         max_seconds: cut what is longer.
         fs: sampling rate in Hz.
+
+    Raises:
+        UserError: when `max_seconds` is less than the shortest utterance allowed.
     """
 
     def __init__(
@@ -31,6 +36,11 @@ class CropCollateFn:
         self.train = train
         self.crop = crop
         self.max_samples = max_seconds * fs
+        if self.max_samples < SHORTEST:
+            raise UserError(
+                f"max_seconds {max_seconds} is too short to learn from: "
+                f"choose {SHORTEST / fs} or more"
+            )
 
     def __call__(
         self, data: Collection[tuple[str, dict[str, np.ndarray]]]
@@ -38,10 +48,10 @@ class CropCollateFn:
         """Return names and `speech`, `speech_lengths`, `crop_starts` (Batch, ...).
 
         Raises:
-            UserError: when an utterance is shorter than a frame.
+            UserError: when an utterance is shorter than two frames.
         """
         sizes = [int(min(len(d["speech"]), self.max_samples)) for _, d in data]
-        if min(sizes) < 2 * FRAME:
+        if min(sizes) < SHORTEST:
             utt = [u for u, d in data][int(np.argmin(sizes))]
             raise UserError(
                 f"utterance {utt} is too short to learn from ({min(sizes)} samples): "

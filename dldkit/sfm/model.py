@@ -89,8 +89,10 @@ class SFMDistillModel(AbsESPnetModel):
         # without it.
         self._teacher: Optional[Teacher] = None
         self._shares_cnn = False
-        self._is_loaded = False
-        self.register_load_state_dict_post_hook(_remember_loading)
+        self._cnn_is_loaded = False
+        self.student.feature_extractor.register_load_state_dict_post_hook(
+            self._remember_loading
+        )
 
     def forward(
         self,
@@ -162,10 +164,14 @@ class SFMDistillModel(AbsESPnetModel):
             self._teacher = open_teacher(
                 self.teacher_path, self.loss.teacher_layers, device
             )
-            if self.cnn_init == "teacher" and not self._is_loaded:
+            if self.cnn_init == "teacher" and not self._cnn_is_loaded:
                 self._copy_cnn()
             self._shares_cnn = self.freeze_cnn and self._has_the_teachers_cnn()
         return self._teacher
+
+    def _remember_loading(self, cnn: torch.nn.Module, _: Any) -> None:
+        """Know a CNN that was resumed or initialised: it is not the teacher's turn."""
+        self._cnn_is_loaded = True
 
     def _copy_cnn(self) -> None:
         cnn = _cnn(self._teacher)
@@ -184,18 +190,15 @@ class SFMDistillModel(AbsESPnetModel):
         cnn = _cnn(self._teacher)
         if cnn is None or self._teacher.info.normalize != self.normalize:
             return False
-        ours, theirs = self.student.feature_extractor.state_dict(), cnn.state_dict()
-        return list(ours) == list(theirs) and all(
-            torch.equal(value, theirs[key].to(value)) for key, value in ours.items()
-        )
+        # not by their weights alone: strides and activations have none
+        device = next(self.student.parameters()).device
+        sound = torch.arange(4000.0, device=device).sin()[None]
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return torch.equal(self.student.feature_extractor(sound), cnn(sound))
 
 
 def _cnn(teacher: Teacher) -> Optional[torch.nn.Module]:
     return getattr(getattr(teacher, "model", None), "feature_extractor", None)
-
-
-def _remember_loading(model: SFMDistillModel, _: Any) -> None:
-    model._is_loaded = True
 
 
 def _checked(

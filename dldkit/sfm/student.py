@@ -37,7 +37,7 @@ def build_student(conf: dict[str, Any], sampler: DepthSampler) -> HubertModel:
         )
     try:
         student = HubertModel(HubertConfig(**{**conf, **OFF}))
-    except (TypeError, ValueError, IndexError) as error:
-        raise UserError(f"student_conf: {error}") from error
+    except Exception as error:  # transformers' checks raise errors of many kinds
+        raise UserError(f"student_conf: {type(error).__name__}: {error}") from error
     student.encoder.layers = GatedModuleList(student.encoder.layers, sampler)
     return student

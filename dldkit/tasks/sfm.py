@@ -7,6 +7,7 @@ import soundfile
 from espnet2.tasks.abs_task import AbsTask
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from espnet2.train.class_choices import ClassChoices
+from espnet2.train.collate_fn import CommonCollateFn
 from espnet2.utils.nested_dict_action import NestedDictAction
 
 from dldkit.data.datadir import read_table
@@ -52,13 +53,13 @@ class SFMDistillTask(TrainerChoice, AbsTask):
     @classmethod
     def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable:
         """Return what makes batches."""
-        conf = args.collate_fn_conf
-        if args.collect_stats:  # lengths of whole utterances
-            conf = {"crop": False, "max_seconds": float("inf")}
         try:
-            return CropCollateFn(train, **conf)
+            rate = teacher_info(_teacher(args.model_conf)).sampling_rate
+            crop = CropCollateFn(train, **{"fs": rate, **args.collate_fn_conf})
         except TypeError as error:
             raise UserError(f"collate_fn_conf: {error}") from None
+        # statistics are the lengths of whole utterances
+        return CommonCollateFn() if args.collect_stats else crop
 
     @classmethod
     def build_preprocess_fn(
@@ -102,12 +103,18 @@ class SFMDistillTask(TrainerChoice, AbsTask):
     def main_worker(cls, args: argparse.Namespace) -> None:
         """Train, once it is clear that speech and teacher have one sampling rate."""
         rate = teacher_info(_teacher(args.model_conf)).sampling_rate
-        for path, name, _ in (
+        for path, *_ in (
             args.train_data_path_and_name_and_type
             + args.valid_data_path_and_name_and_type
         ):
-            utt, file = next(iter(read_table(path).items()))
-            found = soundfile.info(file).samplerate
+            table = read_table(path)
+            if not table:
+                raise UserError(f"{path} lists no utterance")
+            utt, file = next(iter(table.items()))
+            try:
+                found = soundfile.info(file).samplerate
+            except soundfile.LibsndfileError as error:
+                raise UserError(f"{path}: utterance {utt}: {error}") from error
             if found != rate:
                 raise UserError(
                     f"{path}: utterance {utt} has {found} Hz, but the teacher takes "
@@ -133,8 +140,9 @@ def complete(model_conf: dict[str, Any]) -> dict[str, Any]:
         return model_conf
     info = teacher_info(_teacher(model_conf))
     thirds = sorted({-(-info.num_layers * i // 3) for i in (1, 2, 3)})
+    cached = [layer for layer in info.layers or () if layer > 0]  # 0 is the input
     found = dict(
-        teacher_layers=info.layers or thirds,
+        teacher_layers=cached or thirds,
         teacher_size=info.hidden_size,
         normalize=info.normalize,
     )

@@ -128,8 +128,8 @@ class Stacking:
             layers.select(range(len(layers)))
 
     @property
-    def place(self) -> dict[str, int]:
-        """Optimiser steps done, steps done when this stage began, and its depth."""
+    def place(self) -> dict[str, Any]:
+        """Optimiser steps done, steps done when this stage began, its depth; depths."""
         return self.optimizer.param_groups[0]["stacking"]
 
     @property
@@ -138,19 +138,24 @@ class Stacking:
         return self.depths.index(self.place["depth"])
 
     def _begin(self, step: int, depth: int) -> None:
-        place = {"step": step, "stage_began": step, "depth": depth}
+        place = {
+            "step": step,
+            "stage_began": step,
+            "depth": depth,
+            "depths": self.depths,
+        }
         self.optimizer.param_groups[0]["stacking"] = place
         self.layers.select(range(depth))
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
-        depth = optimizer.param_groups[0].get("stacking", {}).get("depth")
-        if depth not in self.depths:
+        depths = optimizer.param_groups[0].get("stacking", {}).get("depths")
+        if depths != self.depths:
             raise UserError(
                 "the checkpoint to resume is not of a stacking run with depths "
-                f"{self.depths} (it is at depth {depth}): go on with the trainer_conf "
-                "that it was begun with, or remove it"
+                f"{self.depths} (it has {depths}): go on with the trainer_conf that "
+                "it was begun with, or remove it"
             )
-        self.layers.select(range(depth))
+        self.layers.select(range(self.place["depth"]))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Lower the learning rate for one step, in a stage's warm-up."""
@@ -249,6 +254,12 @@ class StackingTrainer(ResumableTrainer):
                 trainer_options=trainer_options,
                 **kwargs,
             )
+            if stacking.place["depth"] < stacking.depths[-1]:
+                logging.warning(
+                    f"Stacking ended at depth {stacking.place['depth']}, before the "
+                    "last stage: there is no best or averaged model. Train longer, or "
+                    "lower trainer_conf total_steps"
+                )
 
 
 def _steps_per_epoch(factory: AbsIterFactory, accum_grad: int) -> Optional[int]:

@@ -52,6 +52,21 @@ class ResumableTrainer(Trainer):
         checkpoint.commit()
 
     @classmethod
+    def resume(cls, *args, optimizers, **kwargs) -> None:
+        """Go on from a checkpoint; see ESPnet's Trainer.resume.
+
+        Raises:
+            UserError: when it is of a growing run, whose unused slots are untrained.
+        """
+        grows = "stacking" in optimizers[0].param_groups[0]
+        super().resume(*args, optimizers=optimizers, **kwargs)
+        if not grows and "stacking" in optimizers[0].param_groups[0]:
+            raise UserError(
+                f"{CHECKPOINT} is of a growing run: set trainer: stacking and the "
+                "trainer_conf that it was begun with, or remove it"
+            )
+
+    @classmethod
     def train_one_epoch(cls, *args, options, distributed_option, **kwargs):
         """Train one epoch, once all files of the epoch before are in their place."""
         _Checkpoint(options, distributed_option).commit()

@@ -1,10 +1,14 @@
+import copy
 import random
 
 import numpy as np
 import pytest
 import torch
 from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
+from transformers import HubertConfig, HubertModel
 
+from dldkit.depth.layers import GatedModuleList, find_gates
+from dldkit.depth.sampler import UniformSampler
 from dldkit.errors import UserError
 
 
@@ -266,3 +270,112 @@ class TestKeepFinalNorm:
     def test_refused_where_layers_have_no_final_norm(self, make_encoder):
         with pytest.raises(UserError, match="keep_final_norm.*Transformer"):
             make_encoder("ld_transformer", keep_final_norm=True)
+
+
+@pytest.fixture
+def hubert():
+    """Return a function that builds a plain HuBERT, and the same with gated layers."""
+
+    def models(num_layers: int, sampler=None, **options):
+        config = HubertConfig(
+            hidden_size=16,
+            num_hidden_layers=num_layers,
+            num_attention_heads=2,
+            intermediate_size=32,
+            conv_dim=[8] * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=2,
+            layerdrop=0.0,
+            mask_time_prob=0.0,
+            **options,
+        )
+        torch.manual_seed(0)
+        plain = HubertModel(config)
+        gated = copy.deepcopy(plain)
+        gated.encoder.layers = GatedModuleList(gated.encoder.layers, sampler)
+        return plain, gated
+
+    return models
+
+
+STABLE = dict(do_stable_layer_norm=True, feat_extract_norm="layer")
+
+
+class TestGatedModuleList:
+    """In transformers' encoders."""
+
+    speech = torch.randn(2, 4000, generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(4000) < torch.tensor([[4000], [2500]])
+
+    def test_changes_neither_keys_nor_function(self, hubert):
+        plain, gated = hubert(3)
+        assert list(gated.state_dict()) == list(plain.state_dict())
+        gated.load_state_dict(plain.state_dict())
+        assert [n for n, _ in gated.named_parameters()] == [
+            n for n, _ in plain.named_parameters()
+        ]
+        assert len(gated.encoder.layers) == 3
+        output = gated.eval()(self.speech).last_hidden_state
+        assert torch.equal(output, plain.eval()(self.speech).last_hidden_state)
+
+    @pytest.mark.parametrize("options", [{}, STABLE])
+    @pytest.mark.parametrize("layers", [(0,), (0, 1, 2), (1, 3, 4)])
+    def test_output_is_that_of_a_plain_model_of_this_depth(
+        self, hubert, layers, options
+    ):
+        _, gated = hubert(5, **options)
+        slots = list(gated.encoder.layers.children())
+        gated.encoder.layers.select(layers)
+        shallow, _ = hubert(len(layers), **options)
+        rest = {k: v for k, v in gated.state_dict().items() if ".layers." not in k}
+        assert not shallow.load_state_dict(rest, strict=False).unexpected_keys
+        for layer, slot in zip(shallow.encoder.layers, layers, strict=True):
+            layer.load_state_dict(slots[slot].state_dict())
+        for mask in (None, self.mask):
+            expected = shallow.eval()(self.speech, attention_mask=mask)
+            output = gated.eval()(self.speech, attention_mask=mask)
+            assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+
+    def test_a_layer_that_is_off_is_not_called_and_does_not_learn(self, hubert):
+        _, gated = hubert(4, UniformSampler())
+        layers, slots = gated.encoder.layers, list(gated.encoder.layers.children())
+        calls = []
+        for slot, layer in enumerate(slots):
+            layer.register_forward_hook(lambda *_, slot=slot: calls.append(slot))
+        layers.select((0, 1, 3))
+        drawn = set()
+        gated.train()
+        for _ in range(20):
+            layers.draw()
+            calls.clear()
+            gated.zero_grad()
+            gated(self.speech).last_hidden_state.square().sum().backward()
+            assert tuple(calls) == layers.active
+            drawn.add(layers.active)
+            for slot, layer in enumerate(slots):
+                learns = any(p.grad is not None for p in layer.parameters())
+                assert learns == (slot in layers.active)
+        assert {len(active) for active in drawn} == {1, 2, 3}
+        assert not any(2 in active for active in drawn)
+        calls.clear()
+        gated.eval()(self.speech)
+        assert calls == [0, 1, 3]
+
+    def test_refuses_an_impossible_min_depth_at_once(self, hubert):
+        with pytest.raises(UserError, match="min_depth 5 .* 4 layers"):
+            hubert(4, UniformSampler(min_depth=5))
+
+
+class TestFindGates:
+    def test_finds_them_at_any_place(self, make_encoder, hubert):
+        encoder, (_, gated) = make_encoder("ld_conformer"), hubert(2)
+        for model, layers in (
+            (encoder, encoder.encoders),
+            (gated, gated.encoder.layers),
+        ):
+            assert find_gates(model) is layers
+            assert find_gates(torch.nn.ModuleDict({"a": model})) is layers
+
+    def test_none_in_a_plain_model(self, make_encoder, hubert):
+        assert find_gates(make_encoder("conformer")) is None
+        assert find_gates(hubert(2)[0]) is None

@@ -1,5 +1,6 @@
 """asr_train in a process that records what it does, or is killed at a given moment."""
 
+import argparse
 import io
 import os
 import pathlib
@@ -8,8 +9,10 @@ from typing import Optional
 
 import torch
 
+import dldkit.train.stacking
 from dldkit.bin.asr_train import main
 from dldkit.depth.layers import GatedLayers
+from dldkit.tasks.asr import DLDASRTask
 
 
 def train(command: list[str], kill: str = "", record: Optional[str] = None) -> None:
@@ -18,14 +21,17 @@ def train(command: list[str], kill: str = "", record: Optional[str] = None) -> N
     Args:
         kill: the moment of a real SIGKILL. `step N`: after the N-th backward pass;
             `write NAME`: half of the file is written; `before NAME`: nothing is;
-            `link NAME`: before a symbolic link gets its name.
-        record: file for the drawn layers and the gradients of each step.
+            `link NAME`: before a symbolic link gets its name; `grow N`: before the
+            N-th growth of this process; `grown N`: right after it.
+        record: file for the drawn layers and the gradients of each step. A file next
+            to it, `.weights`, gets the model's parameters at the end.
     """
     moment, _, name = kill.partition(" ")
     steps = []
     save, clip = torch.save, torch.nn.utils.clip_grad_norm_
     draw, symlink_to = GatedLayers.draw, pathlib.Path.symlink_to
-    drawn = []
+    grow, growths = dldkit.train.stacking.grow, []
+    drawn, weights = [], []
 
     def killing_save(states, path):
         if pathlib.Path(path).name.startswith(name):
@@ -50,7 +56,7 @@ def train(command: list[str], kill: str = "", record: Optional[str] = None) -> N
         drawn.append(self.active)
 
     def recording_clip(parameters, *args, **kwargs):
-        parameters = list(parameters)
+        parameters = weights[:] = list(parameters)
         flat = torch.cat(
             [
                 (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
@@ -62,12 +68,29 @@ def train(command: list[str], kill: str = "", record: Optional[str] = None) -> N
             die()
         return clip(parameters, *args, **kwargs)
 
+    def killing_grow(*args):
+        growths.append(args)
+        if moment == "grow" and len(growths) == int(name):
+            die()
+        grow(*args)
+        if moment == "grown" and len(growths) == int(name):
+            die()
+
     torch.set_num_threads(1)
+    dldkit.train.stacking.grow = killing_grow
     torch.save, torch.nn.utils.clip_grad_norm_ = killing_save, recording_clip
     GatedLayers.draw, pathlib.Path.symlink_to = recording_draw, killing_symlink_to
     main(command)
     if record is not None:
         save(steps, record)
+        save([weight.detach() for weight in weights], f"{record}.weights")
+
+
+def work(args: argparse.Namespace, record: str) -> None:
+    """Be a child of ESPnet's multi-GPU launcher, and write down its trainer."""
+    DLDASRTask.main_worker(args)
+    trainer = DLDASRTask.trainer
+    pathlib.Path(record).write_text(f"{trainer.__module__}.{trainer.__name__}")
 
 
 def die() -> None:

@@ -89,21 +89,15 @@ template=$(dirname "$(readlink -f "$0")")
 . "${template}/options.sh" "$@"
 # shellcheck source=path.sh
 . ./path.sh
-"${python}" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("espnet2"))' ||
-    die "${python} ($(command -v "${python}")) has no espnet: run tools/install.sh first"
+# shellcheck source=functions.sh
+. "${template}/functions.sh"
 
 #
 # What follows from the options
 #
 [ -n "${test_sets}" ] || die "--test_sets is empty: name at least one directory of data/"
 systems="${template%/egs2/*}/conf/systems"
-if [ ! -f "${systems}/${system}.yaml" ] && [ ! -f "conf/systems/${system}.yaml" ]; then
-    die "--system ${system}: there is no ${system}.yaml in ${systems} or conf/systems"
-fi
-if [ "${ngpu}" == auto ]; then
-    ngpu=0
-    if nvidia-smi -L >/dev/null 2>&1; then ngpu=1; fi
-fi
+require_system "${system}" "${systems}"
 if [ -z "${selector}" ]; then
     selector=even
     if [ "${system}" == early_exit ]; then selector=prefix; fi
@@ -141,20 +135,12 @@ token_dir=data/token_list/${tokens}
 if [ "${token_type}" == bpe ]; then bpemodel=${token_dir}/bpe.model; fi
 token_list=${token_dir}/tokens.txt
 
-# Names as ESPnet makes them: settings that were changed become part of the name, so
-# that two experiments do not share a directory by accident.
-tag_of() { # tag_of CONFIG ARGS
-    local name
-    name=$(basename "$1" .yaml)
-    if [ "${name}" != train_asr ]; then echo -n "_${name}"; fi
-    echo -n "$2" | sed -e 's/--/_/g' -e 's/[ |=/]//g'
-    echo -n "${sp}${seed:+_seed${seed}}"
-}
+suffix=${sp}${seed:+_seed${seed}}
 reference_config=${reference_config:-${asr_config}}
-reference_tag=${reference_tag:-static$(tag_of "${reference_config}" "${reference_args}")}
+reference_tag=${reference_tag:-static$(tag_of "${reference_config}" train_asr "${reference_args}")${suffix}}
 reference_exp=${expdir}/asr_${reference_tag}
 if [ -z "${asr_tag}" ]; then
-    asr_tag=${system}$(tag_of "${asr_config}" "${asr_args}")
+    asr_tag=${system}$(tag_of "${asr_config}" train_asr "${asr_args}")${suffix}
     if [ "${kd_source}" == cached ]; then asr_tag+=_cached; fi
 fi
 asr_exp=${expdir}/asr_${asr_tag}
@@ -181,9 +167,6 @@ if [ -z "${inference_tag}" ]; then
     if ! "${use_depth_profile}"; then inference_tag+=_uncalibrated; fi
 fi
 
-words() { # words TEXT: one to a line; quotes keep words together
-    xargs -r -n 1 printf '%s\n' <<<"$1"
-}
 mapfile -t reference_options < <(words "${reference_args} ${seed:+--seed ${seed}}")
 mapfile -t asr_options < <(words "${asr_args} ${seed:+--seed ${seed}}")
 parallel_options=()
@@ -194,44 +177,6 @@ fi
 #
 # Steps that the reference and the student share
 #
-run_stage() { # run_stage N [true|false]...: whether N is to be run; true: it is skipped
-    local n=$1
-    shift
-    if [ "${stage}" -gt "${n}" ] || [ "${stop_stage}" -lt "${n}" ]; then return 1; fi
-    if [[ " $* " == *" true "* ]]; then
-        log "Stage ${n}: skipped"
-        return 1
-    fi
-}
-
-fingerprint() { # of standard input
-    sha256sum | cut -c 1-16
-}
-
-stage_needs() { # stage_needs FILE "what makes it"
-    [ -e "$1" ] || die "$1 does not exist: run $2 first"
-}
-
-write_config() { # write_config EXP CONFIG SYSTEM: the merged config, EXP/train.yaml
-    local exp=$1 part parts=("$2")
-    [ -f "$2" ] || die "the training config $2 does not exist"
-    # the recipe's own conf/systems may change a shared system, or add one
-    for part in "${systems}/$3.yaml" "conf/systems/$3.yaml"; do
-        if [ -f "${part}" ]; then parts+=("${part}"); fi
-    done
-    if grep -q 'reference: ???' "${parts[@]}"; then
-        parts+=("model_conf.reference=${reference}")
-    fi
-    mkdir -p "${exp}"
-    "${python}" -m dldkit.bin.merge_config "${parts[@]}" >"${exp}/train.yaml.new"
-    if [ -e "${exp}/checkpoint.pth" ] &&
-        ! diff "${exp}/train.yaml" "${exp}/train.yaml.new"; then
-        log "Warning: ${exp} was begun with the settings marked <, and goes on with" \
-            "those marked >. To begin anew, remove it or give another tag"
-    fi
-    mv "${exp}/train.yaml.new" "${exp}/train.yaml"
-}
-
 set_data_options() { # data_options: what asr_train has to know of the data
     local set
     stage_needs "${token_list}" "stage 5"
@@ -273,7 +218,7 @@ collect_stats() { # collect_stats DIR EXP [options of asr_train]...
             "${data_feats}/${valid_set}"/{"${scp}",text}
         cat "${data_feats}/${train_set}"/utt2num_samples 2>/dev/null || true
     } | fingerprint)
-    if [ "$(cat "${dir}/.done" 2>/dev/null)" == "${key}" ]; then
+    if is_done "${dir}" "${key}"; then
         log "${dir} is up to date"
         return
     fi
@@ -292,16 +237,10 @@ collect_stats() { # collect_stats DIR EXP [options of asr_train]...
 }
 
 train_model() { # train_model EXP STATS_DIR [options of asr_train]...
-    local exp=$1 stats=$2 options command arg multi=false
+    local exp=$1 stats=$2 options set
     shift 2
     stage_needs "${stats}/.done" "the stage before"
-    if [ -e "${exp}/checkpoint.pth" ] &&
-        [ "$(cat "${exp}/.data" 2>/dev/null)" != "$(cat "${stats}/.done")" ]; then
-        die "${exp} was trained on other data, tokens or features:" \
-            "remove it, or give another tag"
-    fi
-    cp "${stats}/.done" "${exp}/.data"
-
+    hold_to_data "${exp}" "$(<"${stats}/.done")"
     set_data_options
     options=(--config "${exp}/train.yaml" --output_dir "${exp}" --resume true
         "${data_options[@]}")
@@ -311,93 +250,13 @@ train_model() { # train_model EXP STATS_DIR [options of asr_train]...
     else
         options+=(--normalize "${feats_normalize}")
     fi
-    for arg in train valid; do
-        options+=("--${arg}_shape_file" "${stats}/${arg}/speech_shape"
-            "--${arg}_shape_file" "${stats}/${arg}/text_shape.${token_type}")
+    for set in train valid; do
+        options+=("--${set}_shape_file" "${stats}/${set}/speech_shape"
+            "--${set}_shape_file" "${stats}/${set}/text_shape.${token_type}")
     done
     options+=(--fold_length "${speech_fold_length}" --fold_length 150 "$@")
-
-    command=("${python}" -m dldkit.bin.asr_train "${options[@]}")
-    if [ "${num_nodes}" -gt 1 ] || [ -n "${launch_args}" ]; then
-        mapfile -t arg < <(words "${launch_args}")
-        if [ "${num_nodes}" -gt 1 ]; then arg+=(--num_nodes "${num_nodes}"); fi
-        command=("${python}" -m espnet2.bin.launch "${arg[@]}" --ngpu "${ngpu}"
-            --log "${exp}/train.log" --init_file_prefix "${exp}/.dist_init_"
-            -- "${command[@]}")
-    else
-        if [ "${ngpu}" -gt 1 ]; then multi=true; fi # the command spawns one process per GPU
-        command+=(--ngpu "${ngpu}" --multiprocessing_distributed "${multi}")
-    fi
-    write_run_sh "${exp}" "${command[@]}"
-
-    local done_key
-    done_key=$(cat "${exp}/train.yaml" "${exp}/run.sh" "${exp}/.data" | fingerprint)
-    if [ "$(cat "${exp}/.done" 2>/dev/null)" == "${done_key}" ] &&
-        [ -e "${exp}/${inference_asr_model}" ]; then
-        log "${exp} is trained already"
-        return
-    fi
-    log "Training, log: ${exp}/train.log; resume it with ${exp}/run.sh"
-    "${exp}/run.sh" 2>&1 | show_progress || show_failure "${exp}/train.log"
-    echo "${done_key}" >"${exp}/.done"
-}
-
-quote() { # quote ARG: as the shell reads it, without needless backslashes
-    if [[ $1 =~ ^[A-Za-z0-9_./,:=+-]+$ ]]; then echo -n "$1"; else printf %q "$1"; fi
-}
-
-write_run_sh() { # write_run_sh EXP COMMAND...: EXP/run.sh, which runs and resumes it
-    local exp=$1 arg line="" log_to
-    shift
-    log_to="2>&1 | tee -a $(quote "${exp}/train.log")"
-    {
-        echo "#!/usr/bin/env bash"
-        echo "# Go on with this training where it stopped; takes more options of asr_train."
-        echo "set -euo pipefail"
-        echo "cd \"\$(dirname \"\$0\")/$(realpath --relative-to="${exp}" .)\""
-        echo ". ./path.sh"
-        if [ "${ngpu}" -eq 0 ]; then echo "export OMP_NUM_THREADS=${num_threads}"; fi
-        if [[ "$*" == *espnet2.bin.launch* ]]; then # the launcher writes the log
-            log_to=
-            echo "touch $(quote "${exp}/train.log")"
-            echo "tail -n 0 -F $(quote "${exp}/train.log") &"
-            echo "trap 'kill \$!' EXIT"
-        fi
-        for arg in "$@"; do
-            if [[ ${arg} == --* && -n ${line} ]]; then
-                echo "${line} \\"
-                line="   "
-            fi
-            line+="${line:+ }$(quote "${arg}")"
-        done
-        echo "${line} \\"
-        echo "    \"\$@\" ${log_to}"
-    } >"${exp}/run.sh"
-    chmod +x "${exp}/run.sh"
-}
-
-show_progress() { # the readable part of a training log
-    local line shown=${SECONDS}
-    while IFS= read -r line; do
-        case ${line} in
-            *"epoch results: "*) ;;
-            *"epoch started."* | *"training was resumed"* | *"has already reached"*) ;;
-            *"batch: "*) # of these, one in ten seconds
-                if [ $((SECONDS - shown)) -lt 10 ]; then continue; fi
-                ;;
-            "error: "*) ;;
-            *) continue ;;
-        esac
-        shown=${SECONDS}
-        sed -E -e 's/^\[.*(INFO|WARNING): //' \
-            -e 's/\b((iter|forward|backward|optim_step|train)_time|optim[0-9]_lr[0-9]|clip|grad_norm|loss_scale|total_count|gpu_max_cached_mem_GB)=[^][,]*(, |$)//g' \
-            -e 's/\b[a-z0-9_]+=nan(, |$)//g' -e 's/^/    /; s/, $//' <<<"${line}"
-    done
-}
-
-show_failure() { # show_failure LOG
-    tail -n 30 "$1" >&2
-    die "it failed; the end of $1 is above"
+    run_training "${exp}" "${inference_asr_model}" \
+        "${python}" -m dldkit.bin.asr_train "${options[@]}"
 }
 
 num_layers() { # num_layers EXP
@@ -549,13 +408,13 @@ fi
 #
 if run_stage 6 "${skip_reference}" "${skip_train}"; then
     log "Stage 6: Statistics for the reference: ${reference_stats_dir}"
-    write_config "${reference_exp}" "${reference_config}" static
+    write_config "${reference_exp}" "${reference_config}" "${systems}/static.yaml"
     collect_stats "${reference_stats_dir}" "${reference_exp}" "${reference_options[@]}"
 fi
 
 if run_stage 7 "${skip_reference}" "${skip_train}"; then
     log "Stage 7: Reference training: ${reference_exp}"
-    write_config "${reference_exp}" "${reference_config}" static
+    write_config "${reference_exp}" "${reference_config}" "${systems}/static.yaml"
     train_model "${reference_exp}" "${reference_stats_dir}" "${reference_options[@]}"
 fi
 
@@ -587,13 +446,15 @@ fi
 #
 if run_stage 10 "${skip_train}"; then
     log "Stage 10: Statistics for ${system}: ${asr_stats_dir}"
-    write_config "${asr_exp}" "${asr_config}" "${system}"
+    write_config "${asr_exp}" "${asr_config}" "${systems}/${system}.yaml" \
+        "model_conf.reference=${reference}"
     collect_stats "${asr_stats_dir}" "${asr_exp}" "${asr_options[@]}"
 fi
 
 if run_stage 11 "${skip_train}"; then
     log "Stage 11: Training of ${system}: ${asr_exp}"
-    write_config "${asr_exp}" "${asr_config}" "${system}"
+    write_config "${asr_exp}" "${asr_config}" "${systems}/${system}.yaml" \
+        "model_conf.reference=${reference}"
     if grep -Fq "reference: ${reference}" "${asr_exp}/train.yaml"; then
         stage_needs "${reference}" "stages 6 to 9"
     fi

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Run tasks of SUPERB on an exported student with s3prl; print the table row."""
+
+import argparse
+import logging
+import os
+import shlex
+from typing import Optional, Sequence
+
+from dldkit.errors import report_user_errors
+from dldkit.sfm.superb import CORPORA, TASKS, collect, run
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__} Finished tasks are kept, interrupted ones go on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    runnable = " ".join(name for name, task in TASKS.items() if task.problem)
+    add("--upstream_dir", required=True, help="HuBERT directory from sfm_export")
+    add("--upstream_name", required=True, help="its name in the table")
+    add("--output_dir", required=True, help="for the tasks' directories and the table")
+    add("--tasks", default=runnable, help=f"which to run, of: {runnable}")
+    for name, corpus in CORPORA.items():
+        add(
+            f"--{name}",
+            default=os.environ.get(name.upper()),
+            help=f"directory with {corpus.holds}: {corpus.source}",
+        )
+    add(
+        "--dscore",
+        default=os.environ.get("DSCORE"),
+        help="clone of https://github.com/nryant/dscore, for SD",
+    )
+    add(
+        "--list_dir",
+        default="downloads/superb",
+        help="where splits and lexicons lie; missing ones are downloaded into it",
+    )
+    add("--task_args", default="", help='s3prl\'s options: "--train.total_steps 2"')
+    add(
+        "--er_folds",
+        nargs="+",
+        type=int,
+        choices=range(5),
+        default=[0, 1, 2, 3, 4],
+        help="folds of ER; SUPERB's ER is all five",
+    )
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="for all tasks")
+    add("--num_workers", type=int, default=6, help="processes that load speech")
+    return parser
+
+
+@report_user_errors
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    """Run the command."""
+    args = get_parser().parse_args(cmd)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s (%(module)s) %(levelname)s: %(message)s"
+    )
+    run(
+        args.tasks.split(),
+        args.upstream_dir,
+        args.output_dir,
+        {name: getattr(args, name) for name in CORPORA},
+        args.list_dir,
+        shlex.split(args.task_args),
+        args.er_folds,
+        args.device,
+        args.num_workers,
+        args.dscore,
+    )
+    print(collect(args.output_dir, args.upstream_name))
+
+
+if __name__ == "__main__":
+    main()

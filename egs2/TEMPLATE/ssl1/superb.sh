@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Score an exported student on tasks of SUPERB; print one row of SUPERB's table.
+#
+#   cd egs2/<corpus>/ssl1
+#   ./superb.sh --upstream_dir exp/sfm_x/hf --tasks "pr ks sid" \
+#       --librispeech /corpora/LibriSpeech --voxceleb1 /corpora/VoxCeleb1 ...
+#
+# s3prl trains and tests a small downstream model for each task on the frozen student,
+# with SUPERB's settings. It needs the extra "superb": DLDKIT_EXTRAS=espeak,test,superb
+# tools/install.sh. Corpora are not downloaded: name yours in db.sh, in the environment
+# (LIBRISPEECH=...) or here. The splits and lexicons that s3prl needs besides are, each
+# with a line that says so, unless they are in --list_dir.
+# Finished tasks are kept, interrupted ones go on from their last checkpoint. The row
+# shows every finished task of --upstream_name; those that were not run show "–".
+# SUPERB lets you choose the learning rate of each task:
+#   ./superb.sh --tasks pr --upstream_name x_lr3 \
+#       --task_args "--build_optimizer.conf.lr 1.0e-3" ...
+# QbE is not offered: s3prl's package has no such problem.
+set -euo pipefail
+
+if [ -f ./db.sh ]; then
+    # shellcheck source=../asr1/db.sh
+    . ./db.sh
+fi
+
+## General
+upstream_dir=  # the student: a Hugging Face HuBERT directory from sfm_export
+upstream_name=  # of the row and of its directory; empty: that of --upstream_dir
+tasks="pr asr ks sid sf ic er asv"  # tasks to run; there is sd as well
+task_args=  # s3prl's options for these tasks, e.g. "--train.total_steps 1000"
+er_folds="0 1 2 3 4"  # folds of ER; its column is their mean, and SUPERB's is all five
+expdir=exp  # results go into EXPDIR/superb_NAME
+list_dir=downloads/superb  # splits and lexicons; missing ones are downloaded into it
+ngpu=auto  # 0 (CPU) or 1; auto: 1 if there is one
+nj=4  # processes that load speech
+python=python3  # the Python to run everything with
+
+## Corpora
+librispeech=${LIBRISPEECH:-}  # PR, ASR: train-clean-100, dev-clean, test-clean
+speech_commands=${SPEECH_COMMANDS:-}  # KS: Speech Commands v0.01
+speech_commands_test=${SPEECH_COMMANDS_TEST:-}  # KS: its test set
+voxceleb1=${VOXCELEB1:-}  # SID, ASV: the directory with dev/wav and test/wav
+snips=${SNIPS:-}  # SF: Audio SNIPS, as s3prl's snips_prepare_data.sh converts it
+fluent_speech_commands=${FLUENT_SPEECH_COMMANDS:-}  # IC
+iemocap=${IEMOCAP:-}  # ER: the directory with Session1 ... Session5
+libri2mix=${LIBRI2MIX:-}  # SD: the Kaldi directories train, dev, test of Libri2Mix
+dscore=${DSCORE:-}  # SD: clone of https://github.com/nryant/dscore
+
+template=$(dirname "$(readlink -f "$0")")
+# shellcheck source=../asr1/options.sh
+. "${template}/../asr1/options.sh" "$@"
+# shellcheck source=../asr1/path.sh
+. ./path.sh
+
+[ -n "${upstream_dir}" ] || die "--upstream_dir is empty: name the exported student"
+upstream_name=${upstream_name:-$(basename "$(readlink -f "${upstream_dir}")")}
+if [ "${ngpu}" == auto ]; then
+    ngpu=0
+    if nvidia-smi -L >/dev/null 2>&1; then ngpu=1; fi
+fi
+read -ra folds <<<"${er_folds}"
+device=cpu
+if [ "${ngpu}" -gt 0 ]; then device=cuda; fi
+
+"${python}" -m dldkit.bin.sfm_superb \
+    --upstream_dir "${upstream_dir}" \
+    --upstream_name "${upstream_name}" \
+    --output_dir "${expdir}/superb_${upstream_name}" \
+    --tasks "${tasks}" \
+    --task_args "${task_args}" \
+    --er_folds "${folds[@]}" \
+    --list_dir "${list_dir}" \
+    --device "${device}" \
+    --num_workers "${nj}" \
+    --librispeech "${librispeech}" \
+    --speech_commands "${speech_commands}" \
+    --speech_commands_test "${speech_commands_test}" \
+    --voxceleb1 "${voxceleb1}" \
+    --snips "${snips}" \
+    --fluent_speech_commands "${fluent_speech_commands}" \
+    --iemocap "${iemocap}" \
+    --libri2mix "${libri2mix}" \
+    --dscore "${dscore}"

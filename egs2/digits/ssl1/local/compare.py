@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Put the comparison table of compare.sh between two marks of the README."""
+
+import argparse
+import json
+import platform
+import statistics
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple, Optional, Sequence
+
+import torch
+from espnet2.train.reporter import Reporter
+
+from dldkit.errors import UserError, report_user_errors
+
+BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
+SCORES = {
+    "digit_accuracy": "digits, accuracy %",
+    "speaker_accuracy": "speakers, accuracy %",
+    "digit_string_wer": "digit strings, WER %",
+}
+
+
+class Training(NamedTuple):
+    """What a finished training took and reached."""
+
+    seconds: float  # of its training steps; an interruption does not count
+    loss: float  # of validation, after the last epoch
+
+
+def read_training(exp: Path) -> Training:
+    """Read it from the experiment's checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    checkpoint = exp / "checkpoint.pth"
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint} is missing: run stage 2 again")
+    reporter = Reporter()
+    states = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    reporter.load_state_dict(states["reporter"])
+    seconds = sum(
+        epoch["train"]["time"].total_seconds() for epoch in reporter.stats.values()
+    )
+    return Training(seconds, reporter.get_value("valid", "loss", reporter.get_epoch()))
+
+
+def read_json(path: Path) -> dict:
+    """Return what a JSON file holds, or nothing if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return mean ± standard deviation; of one value, that value alone."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(
+    trainings: dict[str, list[Training]],
+    step_times: dict[str, float],
+    scores: dict[str, list[dict[str, list[float]]]],
+) -> list[str]:
+    """Return the lines of the table.
+
+    Args:
+        trainings: of each system, one for each seed.
+        step_times: ratio to `full` of each system that was measured.
+        scores: of each row's upstreams, each score with every seed of the probe.
+    """
+    heads = ["trainings", "time of training (s)", "ratio to full", "step time"]
+    heads += ["validation loss", *SCORES.values()]
+    lines = ["|system|" + "|".join(heads) + "|", "|---|" + "--:|" * len(heads)]
+    full = trainings.get("full")
+    for name, upstreams in scores.items():
+        cells = [""] * 5
+        if name in trainings:
+            runs = trainings[name]
+            seconds = [run.seconds for run in runs]
+            cells = [str(len(runs)), spread(seconds, 0), "", "", ""]
+            if full:
+                reference = statistics.mean(run.seconds for run in full)
+                cells[2] = f"{statistics.mean(seconds) / reference:.2f}"
+            if name in step_times:
+                cells[3] = f"{step_times[name]:.2f}"
+            cells[4] = spread([run.loss for run in runs], 4)
+        for score in SCORES:
+            values = [value for upstream in upstreams for value in upstream[score]]
+            cells.append(spread(values, 1))
+        lines.append("|".join(["", name, *cells, ""]))
+    return lines
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--expdir", required=True)
+    add("--runs", nargs="+", required=True, help="as full_seed1")
+    add("--step_times", required=True, help="JSON: ratio to full of each system")
+    add("--readme", required=True)
+    add("--command", required=True)
+    return parser
+
+
+@report_user_errors
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    """Write the table to the README, and its numbers beside the runs."""
+    args = get_parser().parse_args(cmd)
+    import espnet
+
+    expdir = Path(args.expdir)
+    probed = read_json(expdir / "probe" / "probe.json").get("upstreams", {})
+    trainings: dict[str, list[Training]] = {}
+    scores = {
+        name: [probed[name]] for name in ("teacher", "untrained") if name in probed
+    }
+    for run in args.runs:
+        if run not in probed:
+            raise UserError(f"{run} has no probe scores: run stage 3 again")
+        system = run.rpartition("_seed")[0]
+        trainings.setdefault(system, []).append(read_training(expdir / f"sfm_{run}"))
+        scores.setdefault(system, []).append(probed[run])
+    body = [
+        "Mean ± standard deviation: of time and loss over the trainings, of the scores "
+        "over the trainings and the probe's seeds. Where there is one training, the "
+        "spread is the probe's alone. Times are those of the training steps; step time "
+        "is the ratio to full, measured side by side.",
+        "",
+        *table(trainings, read_json(Path(args.step_times)), scores),
+        "",
+        f"Made by `{args.command.strip()}` on {date.today()} with espnet "
+        f"{espnet.__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, on CPU.",
+    ]
+    numbers = {
+        name: {
+            "trainings": [run._asdict() for run in trainings.get(name, [])],
+            "scores": scores[name],
+        }
+        for name in scores
+    }
+    results = expdir / "comparison.json"
+    results.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    readme = Path(args.readme)
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{readme} lacks the marks {BEGIN} and {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text("\n".join([before + BEGIN, *body, END + after]), encoding="utf-8")
+    print("\n".join(body))
+
+
+if __name__ == "__main__":
+    main()

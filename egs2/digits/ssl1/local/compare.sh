@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Compare a student of full depth with students that grow, at the same number of steps.
+#
+#   local/compare.sh [--option value]...
+#
+# Every system is trained with its seeds, exported and probed, and put into a table of
+# README.md beside the teacher and an untrained student. Each run has a directory of its
+# own: run the command again after an interruption.
+#
+# Stages:
+#    1 data and cached targets    3 probe scores
+#    2 trainings                  4 table
+set -euo pipefail
+
+## General
+stage=1  # first stage to run
+stop_stage=4  # last stage to run
+systems="full interleave_eql interleave_prop1 stackbert gradstack midas"  # to compare, full first
+seeds="1"  # seeds of every training
+more_seeds="2 3"  # further seeds of --more_seeds_for
+more_seeds_for="full interleave_eql"  # systems that are trained with these as well
+probe_seeds="0 1 2"  # seeds of the probe's heads
+nj=2  # trainings at a time; two systems side by side see the same machine
+num_threads=1  # threads of each training
+expdir=exp/compare  # directory of all runs
+step_times=  # what bench/step_time.py wrote; empty: step_time.json in expdir, if there
+run_opts=  # more options of run.sh for every run, e.g. "--sfm_args '--max_epoch 20'"
+
+recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "${recipe}"
+# shellcheck source=/dev/null
+. ../../TEMPLATE/asr1/options.sh "$@"
+# shellcheck source=/dev/null
+. ./path.sh
+# shellcheck source=/dev/null
+. ./db.sh
+
+run_recipe() { # run_recipe RUN [options of run.sh]...
+    local run=$1
+    shift
+    eval "set -- ${run_opts} $(printf '%q ' "$@")"
+    ./run.sh --expdir "${expdir}" --ngpu 0 --num_threads "${num_threads}" \
+        --system "${run%_seed*}" --seed "${run##*_seed}" --sfm_tag "${run}" "$@"
+}
+
+runs=() # SYSTEM_seedSEED
+for seed in ${seeds}; do
+    for system in ${systems}; do runs+=("${system}_seed${seed}"); done
+done
+for seed in ${more_seeds}; do
+    for system in ${more_seeds_for}; do
+        if [[ " ${systems} " == *" ${system} "* ]]; then
+            runs+=("${system}_seed${seed}")
+        fi
+    done
+done
+mkdir -p "${expdir}/log"
+failed=false
+
+if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
+    log "Stage 1: data and cached targets"
+    run_recipe "${runs[0]}" --stage 1 --stop_stage 10
+fi
+if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ]; then
+    log "Stage 2: ${#runs[@]} trainings, ${nj} at a time, logs in ${expdir}/log"
+    for run in "${runs[@]}"; do
+        while [ "$(jobs -pr | wc -l)" -ge "${nj}" ]; do wait -n || failed=true; done
+        log "${run}"
+        run_recipe "${run}" --stage 11 --stop_stage 12 \
+            >>"${expdir}/log/${run}.log" 2>&1 &
+    done
+    while [ -n "$(jobs -pr)" ]; do wait -n || failed=true; done
+    if "${failed}"; then die "a training failed: see the logs in ${expdir}/log"; fi
+fi
+if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
+    log "Stage 3: probe scores of the teacher, an untrained student and all students"
+    [ -n "${TEACHER}" ] || die "set TEACHER, see db.sh"
+    python3 local/untrained.py "${expdir}/sfm_${runs[0]}/config.yaml" \
+        "${expdir}/untrained"
+    upstreams=("teacher=${TEACHER}" "untrained=${expdir}/untrained")
+    for run in "${runs[@]}"; do upstreams+=("${run}=${expdir}/sfm_${run}/hf"); done
+    python3 -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
+        --digits dump/raw/digits_train dump/raw/digits_test \
+        --strings dump/raw/strings_train dump/raw/strings_test \
+        --seeds "${probe_seeds}" --output_dir "${expdir}/probe"
+fi
+if [ "${stage}" -le 4 ] && [ "${stop_stage}" -ge 4 ]; then
+    log "Stage 4: table in README.md"
+    python3 local/compare.py --expdir "${expdir}" --runs "${runs[@]}" \
+        --step_times "${step_times:-${expdir}/step_time.json}" --readme README.md \
+        --command "local/compare.sh $(printf '%q ' "$@")"
+fi

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# A small student of a speech foundation model, on two CPU cores. Needs $TEACHER and
+# $UNLABELLED, see db.sh. `./run.sh --help` lists the options; any of them can be given
+# here, for example --system interleave_eql.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+../../TEMPLATE/ssl1/sfm.sh \
+    --train_set train \
+    --valid_set valid \
+    --targets cached \
+    --probe probe \
+    "$@"

@@ -1,0 +1,438 @@
+import copy
+import shutil
+
+import kaldiio
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from dldkit.errors import UserError
+from dldkit.sfm.data import CropCollateFn
+from dldkit.sfm.model import SFMDistillModel
+from dldkit.sfm.teacher import open_teacher
+from dldkit.sfm.wave import normalize_speech
+
+NO_DROPOUT = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0)
+
+
+@pytest.fixture
+def make(student_conf):
+    """Return a function that builds a model with a teacher of 3 layers of 16."""
+
+    def model(teacher=None, student={}, seed=0, **options):
+        options = {
+            "teacher_layers": [1, 2, 3],
+            "teacher_size": 16,
+            "normalize": False,
+            **options,
+        }
+        torch.manual_seed(seed)
+        return SFMDistillModel(
+            {**student_conf, **student}, teacher=str(teacher), **options
+        )
+
+    return model
+
+
+@pytest.fixture
+def batch(waveforms):
+    """What the trainer gives the model."""
+    speech, lengths = waveforms
+    return dict(
+        speech=speech,
+        speech_lengths=lengths,
+        crop_starts=torch.zeros(2, dtype=torch.int64),
+        utt_id=["a", "b"],
+    )
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a, b):
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def cnn(model):
+    return snapshot(model.student.feature_extractor)
+
+
+def train(model, batch, steps=3):
+    """Run steps of training; return each one's loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+    losses = []
+    for _ in range(steps):
+        model.train()
+        optimizer.zero_grad()
+        loss, _, _ = model(**batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_a_perfect_student(model, teacher, batch, tolerance):
+    """Give the student the teacher's weights: then there is nothing to learn."""
+    states = teacher.state_dict()
+    del states["masked_spec_embed"]
+    model.student.load_state_dict(states)
+    for projection in (model.loss.output_projection, *model.loss.layer_projections):
+        torch.nn.init.eye_(projection.weight)
+        torch.nn.init.zeros_(projection.bias)
+    loss, stats, weight = model.eval()(**batch)
+    assert int(weight) == len(batch["speech"])
+    assert loss.item() < tolerance
+    with torch.no_grad():  # one layer less of agreement
+        model.student.encoder.layers[1].final_layer_norm.bias[0] += 3
+    later = model(**batch)[1]
+    assert later["loss_layer1"] == stats["loss_layer1"]
+    assert min(later[f"loss_layer{n}"] for n in (2, 3)) > 100 * tolerance
+    assert later["loss_output"] > 100 * tolerance
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_student_that_is_its_teacher_has_no_loss(
+    make, wave_teacher, batch, normalize
+):
+    """The same speech, the same frames, the right layers."""
+    teacher, directory = wave_teacher()
+    if normalize:
+        file = directory / "preprocessor_config.json"
+        text = file.read_text()
+        assert '"do_normalize": false' in text
+        file.write_text(text.replace('"do_normalize": false', '"do_normalize": true'))
+    twin = dict(hidden_size=16, num_hidden_layers=3)
+    model = make(directory, twin, normalize=normalize)
+    assert_a_perfect_student(model, teacher, batch, 1e-9)
+
+
+def test_takes_speech_as_the_teacher_does(make, waveforms):
+    speech, lengths = waveforms
+    raw, normal = make().eval(), make(normalize=True).eval()
+    with torch.no_grad():
+        expected = raw.hidden_states(normalize_speech(speech, lengths), lengths)
+        found = normal.hidden_states(speech, lengths)
+        other = raw.hidden_states(speech, lengths)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert not torch.allclose(found[0], other[0], atol=1e-3)
+
+
+def test_reports_the_parts_of_the_loss(make, wave_teacher, batch):
+    model = make(wave_teacher()[1], layer_weight=0.3).eval()
+    loss, stats, _ = model(**batch)
+    parts = [stats[f"loss_layer{n}"] for n in (1, 2, 3)]
+    total = stats["loss_output"] + 0.3 * sum(parts) / 3
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert stats["loss"] == loss and stats["depth"] == 4
+
+
+def test_student_layers_override_the_carriers(make, wave_teacher, batch):
+    """At the depths that it names, and only there."""
+    directory = wave_teacher()[1]
+    usual = make(directory).eval()
+    model = make(directory, student_layers={4: [1, 1, 2], "2": [1, 1, 1]}).eval()
+    for depth, carried_by in ((4, [1, 1, 2]), (3, None), (2, [1, 1, 1]), (1, None)):
+        for m in (usual, model):
+            m.student.encoder.layers.select(range(depth))
+        states = usual.hidden_states(batch["speech"], batch["speech_lengths"])
+        targets, lengths = usual.open_teacher("cpu")(
+            batch["speech"], batch["speech_lengths"]
+        )
+        expected, _ = usual.loss(states, targets, lengths, carried_by)
+        assert model(**batch)[0] == expected
+        changes = carried_by is not None and depth > 1
+        assert (expected != usual(**batch)[0]) == changes
+
+
+@pytest.mark.parametrize(
+    "layers", [{4: [1, 2]}, {4: [1, 2, 5]}, {3: [0, 1, 2]}, {3: [1, 2, 3, 3]}]
+)
+def test_refuses_student_layers_that_do_not_fit(make, layers):
+    with pytest.raises(UserError, match="student_layers .*list 3 layers from 1 to"):
+        make(student_layers=layers)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(cnn_init="copy"), "unknown cnn_init 'copy': choose teacher or null"),
+        (dict(loss="l2"), "unknown loss 'l2'"),
+        (dict(depth_sampler="half"), "unknown depth_sampler 'half'"),
+        (dict(depth_sampler="uniform", min_depth=5), "min_depth 5"),
+        (dict(teacher_layers=[3, 1]), "ascending"),
+    ],
+    ids=str,
+)
+def test_refuses_wrong_options(make, options, message):
+    with pytest.raises(UserError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(cnn_init="teacher", freeze_cnn=True)])
+def test_training_leaves_the_teacher_alone(make, wave_teacher, batch, options):
+    _, directory = wave_teacher("hubert", hidden_dropout=0.5, layerdrop=0.5)
+    model = make(directory, **options)
+    names = list(model.state_dict())
+    teacher = model.open_teacher("cpu").model
+    before = snapshot(teacher)
+    losses = train(model, batch, 4)
+    assert losses[-1] < losses[0]
+    assert same(before, teacher.state_dict())
+    assert not any(module.training for module in teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    # nor is it a part of the model
+    assert list(model.state_dict()) == names
+    assert {name.split(".")[0] for name in names} == {"student", "loss"}
+    theirs = {id(p) for p in teacher.parameters()} | {id(m) for m in teacher.modules()}
+    assert not theirs & {id(p) for p in model.parameters()}
+    assert not theirs & {id(m) for m in model.modules()}
+
+
+def test_the_cnn_is_the_teachers(make, wave_teacher, batch):
+    teacher, directory = wave_teacher()
+    model, other = make(directory, cnn_init="teacher").eval(), make(directory).eval()
+    assert not same(cnn(model), teacher.feature_extractor.state_dict())
+    rest = snapshot(model.student.encoder)
+    model(**batch), other(**batch)
+    assert same(cnn(model), teacher.feature_extractor.state_dict())
+    assert same(rest, model.student.encoder.state_dict())
+    assert not same(cnn(other), teacher.feature_extractor.state_dict())
+
+
+def test_a_resumed_run_keeps_the_cnn_that_it_trained(make, wave_teacher, batch):
+    teacher, directory = wave_teacher()
+    model = make(directory, cnn_init="teacher")
+    train(model, batch)
+    trained = cnn(model)
+    assert not same(trained, teacher.feature_extractor.state_dict())
+    resumed = make(directory, seed=1, cnn_init="teacher")
+    resumed.load_state_dict(model.state_dict())
+    resumed.eval()(**batch)
+    assert same(cnn(resumed), trained)
+
+
+@pytest.mark.parametrize("wrong", [dict(conv_dim=[4] * 7), dict(conv_bias=True)])
+def test_refuses_a_cnn_that_does_not_fit(make, wave_teacher, batch, wrong):
+    model = make(wave_teacher()[1], wrong, cnn_init="teacher")
+    with pytest.raises(UserError, match="(?s)cnn_init: teacher.*does not fit.*: null"):
+        model(**batch)
+
+
+def test_refuses_the_cnn_of_a_teacher_without(make, whisper_teacher, batch):
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    model = make(whisper_teacher(WhisperEncoder)[1], cnn_init="teacher")
+    with pytest.raises(UserError, match="has no CNN on waveforms"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_frozen_cnn_stays_as_it_is(make, wave_teacher, batch, freeze):
+    model = make(wave_teacher()[1], freeze_cnn=freeze)
+    before, rest = cnn(model), snapshot(model.student.encoder)
+    train(model, batch)
+    assert same(cnn(model), before) == freeze
+    assert not same(model.student.encoder.state_dict(), rest)
+    grads = [p.grad for p in model.student.feature_extractor.parameters()]
+    assert all((grad is None) == freeze for grad in grads)
+
+
+def count_cnn_calls(model):
+    """Return a list that grows by a name with each forward of a CNN."""
+    calls = []
+    ours, theirs = model.student, model.open_teacher("cpu").model
+    for name, part in (("student", ours), ("teacher", theirs)):
+        part.feature_extractor.register_forward_hook(
+            lambda *_, name=name: calls.append(name)
+        )
+    return calls
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm", "hubert_stable"])
+def test_a_frozen_cnn_of_the_teacher_runs_once(make, wave_teacher, batch, family):
+    _, directory = wave_teacher(family)
+    normalize = family == "hubert_stable"
+    student = dict(NO_DROPOUT)
+    if normalize:
+        student.update(do_stable_layer_norm=True, feat_extract_norm="layer")
+    options = dict(student=student, cnn_init="teacher", normalize=normalize)
+    shared = make(directory, freeze_cnn=True, **options)
+    separate = make(directory, **options)
+    calls = count_cnn_calls(shared), count_cnn_calls(separate)
+    losses = [m.train()(**batch)[0] for m in (shared, separate)]
+    assert calls[0] == ["student"]
+    assert sorted(calls[1]) == ["student", "teacher"]
+    assert losses[0] == losses[1]
+    for loss in losses:
+        loss.backward()
+    ours, theirs = (
+        {
+            name: parameter.grad
+            for name, parameter in m.named_parameters()
+            if "feature_extractor" not in name
+        }
+        for m in (shared, separate)
+    )
+    assert same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(cnn_init="teacher", freeze_cnn=True, normalize=True),
+        dict(cnn_init=None, freeze_cnn=True),
+        dict(cnn_init="teacher", freeze_cnn=False),
+    ],
+    ids=["hears other speech", "has other weights", "learns"],
+)
+def test_a_cnn_that_differs_is_not_shared(make, wave_teacher, batch, options):
+    _, directory = wave_teacher()
+    model = make(directory, **options)
+    expected, _ = open_teacher(directory, [1, 2, 3])(*list(batch.values())[:2])
+    calls, seen = count_cnn_calls(model), []
+    model.loss.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    model.eval()(**batch)
+    assert sorted(calls) == ["student", "teacher"]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], expected))
+
+
+def test_each_training_step_draws_layers(make, wave_teacher, batch):
+    model = make(wave_teacher()[1], depth_sampler="bernoulli", keep_prob=0.5)
+    ran, slots = [], list(model.student.encoder.layers.children())
+    for slot, layer in enumerate(slots):
+        layer.register_forward_hook(lambda *_, slot=slot: ran.append(slot))
+    drawn = set()
+    for _ in range(12):
+        ran.clear()
+        model.train()
+        model.zero_grad(set_to_none=True)
+        loss, stats, _ = model(**batch)
+        loss.backward()
+        assert stats["depth"] == len(ran) >= 1
+        for slot, layer in enumerate(slots):
+            for parameter in layer.parameters():
+                assert (parameter.grad is not None) == (slot in ran)
+        drawn.add(tuple(ran))
+    assert len(drawn) > 4
+    ran.clear()
+    model.eval()
+    assert model(**batch)[1]["depth"] == 4 and ran == [0, 1, 2, 3]
+
+
+def test_a_grown_student_draws_from_the_slots_that_are_on(make, wave_teacher, batch):
+    model = make(wave_teacher()[1], depth_sampler="uniform").train()
+    layers = model.student.encoder.layers
+    layers.select(range(2))
+    drawn = {model(**batch)[1]["depth"].item() and layers.active for _ in range(20)}
+    assert drawn == {(0,), (1,), (0, 1)}
+
+
+def cached(directory, arrays, layers=(1, 2, 3)):
+    """Write cached targets (Time, Layers, Dim), as the collection does."""
+    directory.mkdir()
+    scp = directory / "targets.scp"
+    spec = f"ark,scp:{directory / 'targets.ark'},{scp}"
+    with kaldiio.WriteHelper(spec, write_function="numpy") as out:
+        for utt, array in arrays.items():
+            out(utt, np.asarray(array, np.float16))
+    description = dict(
+        teacher="gone",
+        hidden_size=16,
+        num_layers=3,
+        sampling_rate=16000,
+        normalize=False,
+        layers=list(layers),
+    )
+    (directory / "teacher.yaml").write_text(yaml.safe_dump(description))
+    return directory
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_crops_are_compared_with_their_own_cached_frames(make, tmp_path, crop):
+    """Samples and targets both say where in which utterance they were."""
+    lengths = dict(a=20000, b=9333, c=12800)
+    arrays, data = {}, []
+    for i, (utt, n) in enumerate(lengths.items()):
+        frames = (n - 400) // 320 + 1  # of HuBERT's CNN
+        place = np.arange(frames) + 100 * i
+        arrays[utt] = np.broadcast_to(place[:, None, None], (frames, 3, 16))
+        data.append((utt, {"speech": np.arange(n, dtype=np.float32) + 32000 * i}))
+    model = make(cached(tmp_path / "targets", arrays), normalize=True).train()
+    seen = []
+    model.loss.register_forward_pre_hook(lambda _, args: seen.append(args))
+    collate = CropCollateFn(train=True, crop=crop, max_seconds=0.75)
+    starts = set()
+    for _ in range(10):
+        utts, batch = collate(data)
+        starts.update(batch["crop_starts"].tolist())
+        loss, _, _ = model(**batch, utt_id=utts)
+        assert loss.isfinite()
+        states, targets, counts = seen.pop()[:3]
+        expected = (batch["speech_lengths"] - 400) // 320 + 1
+        assert (expected - counts).min() >= 0 and (expected - counts).max() <= 1
+        for utt, count in enumerate(counts):
+            assert count > 25
+            place = batch["speech"][utt, ::320][:count] / 320
+            for target in targets:
+                assert torch.equal(target[utt, :count], place[:, None].expand(-1, 16))
+        assert {state.shape[:2] for state in (*states, *targets)} == {
+            (3, int(counts.max()))
+        }
+    assert len(starts) > 3
+
+
+def test_cached_targets_teach_as_the_teacher_does(make, wave_teacher, tmp_path, batch):
+    """Whole utterances: a student that is the teacher has no loss."""
+    teacher, directory = wave_teacher()
+    # alike long: the GroupNorm of this CNN hears padding
+    batch.update(
+        speech=batch["speech"][:, :6010], speech_lengths=torch.tensor([6010] * 2)
+    )
+    opened = open_teacher(directory, [1, 2, 3])
+    arrays = {}
+    for utt, speech, n in zip("ab", batch["speech"], batch["speech_lengths"]):
+        states, _ = opened(speech[None, :n], n[None])
+        arrays[utt] = torch.stack([state[0] for state in states], 1).numpy()
+    del opened
+    shutil.rmtree(directory)
+    path = cached(tmp_path / "targets", arrays)
+    model = make(path, dict(hidden_size=16, num_hidden_layers=3))
+    # float16 holds 11 bits
+    assert_a_perfect_student(model, teacher, batch, 1e-6)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(cnn_init="teacher", freeze_cnn=True)])
+def test_refuses_a_teacher_of_another_frame_rate(make, wave_teacher, batch, options):
+    """Also where the CNNs have the same weights."""
+    half = dict(conv_stride=[5, 2, 2, 2, 2, 2, 4])
+    model = make(wave_teacher()[1], half, **options)
+    with pytest.raises(UserError, match="frame rates differ"):
+        model(**batch)
+
+
+def test_copies_of_the_model_are_complete(make, wave_teacher, batch):
+    """As averaging and export make them, before and after the first step."""
+    model = make(wave_teacher()[1], cnn_init="teacher").eval()
+    before = copy.deepcopy(model)
+    expected = model(**batch)[0]
+    assert before(**batch)[0] == expected
+    assert copy.deepcopy(model)(**batch)[0] == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("freeze_cnn", [True, False])
+def test_trains_on_the_gpu_in_half_precision(make, wave_teacher, batch, freeze_cnn):
+    options = dict(cnn_init="teacher", freeze_cnn=freeze_cnn)
+    model = make(wave_teacher()[1], NO_DROPOUT, **options)
+    expected = model.eval()(**batch)[0]
+    model = make(wave_teacher()[1], NO_DROPOUT, **options).cuda().train()
+    batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, _, _ = model(**batch)
+    loss.backward()
+    assert loss.is_cuda and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+    grads = [p.grad for p in model.student.encoder.parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)

@@ -1,0 +1,320 @@
+import shutil
+from collections import namedtuple
+
+import kaldiio
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from dldkit.bin.sfm_collect_targets import main
+from dldkit.errors import UserError
+from dldkit.sfm import targets
+from dldkit.sfm.targets import collect_targets
+from dldkit.sfm.teacher import open_teacher, teacher_info
+
+# samples beyond a multiple of 320: HuBERT's CNN needs 80 of them for a last frame
+LENGTHS = dict(a=9600, b=9601, c=7279, d=7280, e=8000, x=9919, y=6401)
+
+
+@pytest.fixture
+def data_dirs(tmp_path):
+    """Five utterances for training and two for validation, at 16 kHz."""
+    rng = np.random.default_rng(0)
+    for name, utts in (("train", "abcde"), ("dev", "xy")):
+        directory = tmp_path / name
+        directory.mkdir()
+        for utt in utts:
+            samples = 0.1 * rng.standard_normal(LENGTHS[utt])
+            soundfile.write(directory / f"{utt}.wav", samples, 16000)
+        scp = [f"{utt} {directory / utt}.wav\n" for utt in utts]
+        (directory / "wav.scp").write_text("".join(scp))
+        lengths = [f"{utt} {LENGTHS[utt]}\n" for utt in utts]
+        (directory / "utt2num_samples").write_text("".join(lengths))
+    return [tmp_path / "train", tmp_path / "dev"]
+
+
+@pytest.fixture
+def batch(data_dirs):
+    """Return a function that pads crops (utterance, first sample, samples)."""
+
+    def padded(*crops):
+        speech = []
+        for utt, start, samples in crops:
+            directory = data_dirs[0] if utt in "abcde" else data_dirs[1]
+            wave, _ = soundfile.read(directory / f"{utt}.wav", dtype="float32")
+            speech.append(torch.from_numpy(wave[start : start + samples]))
+        return dict(
+            speech=torch.nn.utils.rnn.pad_sequence(speech, batch_first=True),
+            speech_lengths=torch.tensor([len(s) for s in speech]),
+            utt_ids=[utt for utt, _, _ in crops],
+            crop_starts=torch.tensor([start for _, start, _ in crops]),
+        )
+
+    return padded
+
+
+@pytest.fixture(params=["hubert_stable", "wavlm", "whisper"])
+def any_teacher(request, wave_teacher, whisper_teacher):
+    """The directory of a teacher."""
+    if request.param == "whisper":
+        return whisper_teacher(WhisperEncoder)[1]
+    return wave_teacher(request.param)[1]
+
+
+@pytest.fixture
+def hubert(wave_teacher):
+    return wave_teacher("hubert")[1]
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Make parts of two utterances, in this process; remember how many there were."""
+    counts = []
+
+    def parallel_map(fn, items, *_):
+        counts.append(len(items))
+        return [fn(item) for item in items]
+
+    monkeypatch.setattr(targets, "parallel_map", parallel_map)
+    monkeypatch.setattr(targets, "UTTERANCES_PER_PART", 2)
+    targets._open.cache_clear()
+    return counts
+
+
+def read(directory):
+    return dict(kaldiio.load_scp(str(directory / "targets.scp")).items())
+
+
+def stamps(directory):
+    return {f.name: f.stat().st_mtime_ns for f in directory.iterdir()}
+
+
+def test_whole_utterances_are_those_of_the_live_teacher(
+    any_teacher, data_dirs, batch, tmp_path
+):
+    collect_targets(any_teacher, [1, 2, 3], data_dirs, tmp_path / "cache")
+    stored = read(tmp_path / "cache")
+    assert sorted(stored) == sorted(LENGTHS)
+    live = open_teacher(any_teacher, [3, 1])
+    cached = open_teacher(tmp_path / "cache", [3, 1])
+    for utt, samples in LENGTHS.items():
+        alone = batch((utt, 0, samples))
+        expected, lengths = live(**alone)
+        assert stored[utt].dtype == np.float16
+        assert stored[utt].shape == (int(lengths), 3, 16)
+        outputs, output_lengths = cached(**alone)
+        assert output_lengths.tolist() == lengths.tolist()
+        for output, states in zip(outputs, expected):
+            assert output.dtype == torch.float32
+            assert torch.allclose(output, states, rtol=1e-3, atol=1e-3)
+    # the batch is padded, the utterances in it are as they are alone
+    outputs, lengths = cached(**batch(("a", 0, 9600), ("y", 0, 6401)))
+    assert outputs[0].shape == (2, int(lengths.max()), 16)
+    assert lengths.tolist() == [len(stored["a"]), len(stored["y"])]
+    assert np.array_equal(outputs[1][1, : lengths[1]].numpy(), stored["y"][:, 0])
+
+
+def test_crops_are_cut_from_whole_utterances(any_teacher, data_dirs, batch, tmp_path):
+    collect_targets(any_teacher, [0, 3], data_dirs, tmp_path / "cache")
+    cached = open_teacher(tmp_path / "cache", [3])
+    crops = ("b", 640, 3200), ("x", 3200, 6719), ("d", 0, 4000)
+    (output,), lengths = cached(**batch(*crops))
+    assert output.shape == (3, int(lengths.max()), 16)
+    for i, (utt, start, samples) in enumerate(crops):
+        (whole,), _ = open_teacher(any_teacher, [3])(**batch((utt, 0, LENGTHS[utt])))
+        first, n = start // 320, int(lengths[i])
+        assert abs(n - samples / 320) <= 1
+        expected = whole[0, first : first + n]
+        assert torch.allclose(output[i, :n], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_frames_differ_by_one_at_most_from_those_of_a_cnn(
+    any_teacher, wave_teacher, data_dirs, batch, tmp_path
+):
+    student, _ = wave_teacher("data2vec_audio")
+    collect_targets(any_teacher, [1], data_dirs, tmp_path / "cache")
+    for path in (any_teacher, tmp_path / "cache"):
+        teacher = open_teacher(path, [1])
+        for utt, samples in LENGTHS.items():
+            for start in (0, 1600):
+                crop = batch((utt, start, samples - start))
+                _, frames = teacher(**crop)
+                cnn = student._get_feat_extract_output_lengths(crop["speech_lengths"])
+                assert 0 <= int(frames) - int(cnn) <= 1
+
+
+def test_describes_the_teacher(hubert, data_dirs, tmp_path):
+    collect_targets(hubert, [3, 1, 1], data_dirs, tmp_path / "cache")
+    info = teacher_info(tmp_path / "cache")
+    assert info.layers == [1, 3]
+    info.layers = None
+    assert info == teacher_info(hubert)
+    description = yaml.safe_load((tmp_path / "cache" / "teacher.yaml").read_text())
+    assert description["teacher"] == str(hubert)
+
+
+@pytest.mark.integration
+def test_jobs_write_what_one_would(hubert, data_dirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "UTTERANCES_PER_PART", 2)
+    for nj in (1, 2):
+        collect_targets(hubert, [2], data_dirs, tmp_path / f"{nj}", nj=nj)
+    one, two = read(tmp_path / "1"), read(tmp_path / "2")
+    assert sorted(one) == sorted(two) == sorted(LENGTHS)
+    assert all(np.array_equal(one[utt], two[utt]) for utt in one)
+
+
+def test_a_finished_collection_is_kept(hubert, data_dirs, tmp_path, parts):
+    collect_targets(hubert, [2], data_dirs, tmp_path / "cache")
+    before = stamps(tmp_path / "cache")
+    collect_targets(hubert, [2], data_dirs, tmp_path / "cache", nj=3)
+    assert stamps(tmp_path / "cache") == before
+    assert parts == [4]
+
+
+def test_an_interrupted_collection_continues(
+    hubert, data_dirs, tmp_path, parts, monkeypatch
+):
+    broken = tmp_path / "broken"
+    collect_targets(hubert, [2], data_dirs, tmp_path / "unbroken")
+    targets_of, done = targets._targets_of, []
+
+    def killed(teacher, utt, wav):
+        if len(done) == 3:  # in the middle of a part
+            raise KeyboardInterrupt
+        done.append(utt)
+        return targets_of(teacher, utt, wav)
+
+    monkeypatch.setattr(targets, "_targets_of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        collect_targets(hubert, [2], data_dirs, broken)
+    kept = {k: v for k, v in stamps(broken).items() if k.startswith("0-0")}
+    assert len(kept) == 2
+    with pytest.raises(UserError, match="no teacher"):
+        open_teacher(broken, [2])
+    monkeypatch.setattr(targets, "_targets_of", targets_of)
+    collect_targets(hubert, [2], data_dirs, broken)
+    assert parts == [4, 4, 3]
+    assert kept.items() <= stamps(broken).items()
+    one, two = read(tmp_path / "unbroken"), read(broken)
+    assert sorted(one) == sorted(two) == sorted(LENGTHS)
+    assert all(np.array_equal(one[utt], two[utt]) for utt in one)
+
+
+def test_another_request_starts_anew(hubert, wave_teacher, data_dirs, tmp_path, parts):
+    cache = tmp_path / "cache"
+    collect_targets(hubert, [2], data_dirs[1:], cache)
+    before = read(cache)["x"]
+    collect_targets(hubert, [2, 3], data_dirs[1:], cache)
+    assert np.array_equal(read(cache)["x"][:, 0], before[:, 0])
+    assert teacher_info(cache).layers == [2, 3]
+    collect_targets(hubert, [2, 3], data_dirs, cache)
+    assert sorted(read(cache)) == sorted(LENGTHS)
+    before = read(cache)["x"]
+    wave_teacher("hubert", seed=1)  # in the same place
+    targets._open.cache_clear()  # a new command knows nothing
+    collect_targets(hubert, [2, 3], data_dirs, cache)
+    assert not np.allclose(read(cache)["x"], before, atol=1e-2)
+
+
+@pytest.mark.parametrize("tables", ["utt2num_samples", "wav.scp alone"])
+def test_estimates_the_size_before_it_writes(
+    tables, hubert, data_dirs, tmp_path, caplog, monkeypatch
+):
+    if tables != "utt2num_samples":
+        for directory in data_dirs:
+            (directory / "utt2num_samples").unlink()
+    cache = tmp_path / "cache"
+    size = sum(LENGTHS.values()) // 320 * 2 * 16 * 2
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size - 1))
+        with pytest.raises(UserError, match="2 layer.* of 16 values: .* has .* left"):
+            collect_targets(hubert, [1, 2], data_dirs, cache)
+    assert not list(cache.glob("*.ark"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size))
+    with caplog.at_level("INFO"):
+        collect_targets(hubert, [1, 2], data_dirs, cache)
+    assert "2 layer(s) of 16 values: 11.31 KiB" in caplog.text
+    stored = sum(array.nbytes for array in read(cache).values())
+    assert 0.9 * size < stored <= size
+
+
+def test_refuses_what_was_not_collected(hubert, data_dirs, batch, tmp_path):
+    cache = tmp_path / "cache"
+    collect_targets(hubert, [1, 3], data_dirs[:1], cache)
+    with pytest.raises(UserError, match=r"the layers \[1, 3\], not of \[0, 2\]"):
+        open_teacher(cache, [1, 2, 0])
+    teacher = open_teacher(cache, [1])
+    whole = batch(("a", 0, 9600))
+    with pytest.raises(UserError, match="no cached targets of utterance x"):
+        teacher(**{**whole, "utt_ids": ["x"]})
+    with pytest.raises(UserError, match="by utt_id: the batch has none"):
+        teacher(whole["speech"], whole["speech_lengths"])
+    for start in (640, 9600, 7):
+        with pytest.raises(UserError, match=f"9600 samples from sample {start} does"):
+            teacher(**{**whole, "crop_starts": torch.tensor([start])})
+    teacher(**{**whole, "crop_starts": torch.tensor([0])})
+    with pytest.raises(UserError, match="holds cached targets already"):
+        collect_targets(cache, [1], data_dirs, tmp_path / "other")
+    (cache / "targets.scp").unlink()
+    with pytest.raises(UserError, match="run the collection again"):
+        open_teacher(cache, [1])
+
+
+def test_refuses_other_peoples_directories(hubert, data_dirs):
+    with pytest.raises(UserError, match="dev holds other files"):
+        collect_targets(hubert, [1], data_dirs, data_dirs[1])
+    assert (data_dirs[1] / "x.wav").is_file()
+
+
+def test_refuses_audio_that_can_not_be_taken(hubert, data_dirs, tmp_path):
+    def refused(match, dirs=data_dirs):
+        targets._open.cache_clear()
+        with pytest.raises(UserError, match=match):
+            collect_targets(hubert, [1], dirs, tmp_path / "cache")
+
+    refused(
+        "2 utterance.* in two of the data directories, first: x", [data_dirs[1]] * 2
+    )
+    refused("nowhere/wav.scp does not exist", [tmp_path / "nowhere"])
+    soundfile.write(data_dirs[0] / "c.wav", np.zeros(8000), 8000)
+    refused("utterance c has 8000 Hz, the teacher takes 16000 Hz: format")
+    soundfile.write(data_dirs[0] / "c.wav", np.zeros(100), 16000)
+    refused("utterance c has 100 samples: too few")
+    (data_dirs[0] / "c.wav").unlink()
+    refused("utterance c: no such file")
+    (data_dirs[0] / "utt2num_samples").unlink()
+    refused("utterance c: .*c.wav")
+
+
+def test_refuses_other_frame_rates(wave_teacher, data_dirs, tmp_path):
+    _, slow = wave_teacher("wavlm", conv_stride=[5, 2, 2, 2, 2, 2, 4])
+    with pytest.raises(UserError, match="only frames of 320 samples can be cached"):
+        collect_targets(slow, [1], data_dirs, tmp_path / "cache")
+
+
+def test_refuses_values_beyond_float16(wave_teacher, data_dirs, tmp_path):
+    model, directory = wave_teacher("hubert")
+    model.encoder.layers[0].final_layer_norm.weight.data.mul_(1e6)
+    model.save_pretrained(directory)
+    with pytest.raises(UserError, match="utterance a: .* beyond what float16 holds"):
+        collect_targets(directory, [1], data_dirs, tmp_path / "cache")
+
+
+def test_command(hubert, data_dirs, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    command = ["--teacher", str(hubert), "--output_dir", str(cache)]
+    command += ["--data_dirs", *map(str, data_dirs), "--layers"]
+    main([*command, "2 3"])
+    assert sorted(read(cache)) == sorted(LENGTHS)
+    assert teacher_info(cache).layers == [2, 3]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "4"])
+    assert stop.value.code == 1
+    assert "error: the teacher" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "two"])
+    assert stop.value.code == 2

@@ -1,0 +1,282 @@
+import io
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+from dldkit.bin.sfm_distill_train import main
+from dldkit.tasks.sfm import SFMDistillTask
+
+RATE = 8000  # of the recordings
+SIZES = dict(
+    hidden_size=12,
+    intermediate_size=16,
+    num_attention_heads=2,
+    num_hidden_layers=4,
+    conv_dim=[8] * 7,
+    num_conv_pos_embeddings=8,
+    num_conv_pos_embedding_groups=2,
+)
+CONFIG = dict(
+    student_conf=SIZES,
+    model_conf=dict(cnn_init="teacher"),
+    collate_fn_conf=dict(max_seconds=0.3, fs=RATE),
+    trainer="stacking",  # 9 steps; it grows after 4, amid the second epoch
+    trainer_conf=dict(depths=[2, 4], total_steps=9),
+    optim="adamw",
+    optim_conf=dict(lr=0.005),
+    scheduler="warmuplr",
+    scheduler_conf=dict(warmup_steps=3),
+    batch_type="unsorted",
+    batch_size=3,
+    num_workers=0,
+    max_epoch=3,
+    resume=True,
+    keep_nbest_models=1,
+    best_model_criterion=[["valid", "loss", "min"]],
+    use_matplotlib=False,
+    use_tensorboard=False,
+    num_att_plot=0,
+    seed=3,
+)
+
+
+def save_teacher(directory: Path, rate: int = RATE) -> Path:
+    torch.manual_seed(0)
+    config = {**SIZES, "hidden_size": 16, "num_hidden_layers": 6}
+    HubertModel(HubertConfig(**config)).save_pretrained(directory)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, sampling_rate=rate)
+    extractor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A random HuBERT of 6 layers that takes normalised speech of 8 kHz."""
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def training(corpus, teacher):
+    """Return a function that gives the arguments of a training."""
+
+    def arguments(directory: Path, **changes) -> list[str]:
+        config = {**CONFIG, **changes}
+        model_conf = {"teacher": str(teacher), **config["model_conf"]}
+        config["model_conf"] = {k: v for k, v in model_conf.items() if v is not None}
+        for part, data in (("train", corpus.train), ("valid", corpus.dev)):
+            config[f"{part}_data_path_and_name_and_type"] = [
+                [str(data / "wav.scp"), "speech", "sound"]
+            ]
+            config[f"{part}_shape_file"] = [str(data / "utt2num_samples")]
+        file = directory.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(config))
+        return ["--config", str(file), "--output_dir", str(directory)]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def trained(training, tmp_path_factory) -> Path:
+    """The experiment directory of a student that grew from 2 to 4 layers."""
+    directory = tmp_path_factory.mktemp("exp") / "sfm"
+    main(training(directory))
+    return directory
+
+
+def load(file):
+    return torch.load(file, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Compare nested states, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_runs(one: Path, other: Path):
+    """Weights, moments, and what the epochs measured, apart from the clock."""
+    a, b = (load(directory / "checkpoint.pth") for directory in (one, other))
+    for part in ("model", "optimizers", "schedulers"):
+        assert same(a[part], b[part]), part
+    stats = [checkpoint["reporter"]["stats"] for checkpoint in (a, b)]
+    assert list(stats[0]) == list(stats[1]) == [1, 2, 3]
+    for epoch in stats[0]:
+        for phase in ("train", "valid"):
+            for name, value in stats[0][epoch][phase].items():
+                if isinstance(value, float) and "time" not in name and value == value:
+                    assert stats[1][epoch][phase][name] == value, (epoch, phase, name)
+    assert same(*(load(directory / "3epoch.pth") for directory in (one, other)))
+
+
+def error_of(arguments, capsys) -> str:
+    """Return the one line with which a command refuses."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_the_student_grows_and_learns(trained):
+    epochs = load(trained / "checkpoint.pth")["reporter"]["stats"]
+    assert [epochs[n]["valid"]["depth"] for n in (1, 2, 3)] == [2, 4, 4]
+    assert epochs[2]["train"]["depth"] == pytest.approx((2 + 4 + 4) / 3)
+    assert epochs[3]["valid"]["loss"] < epochs[1]["valid"]["loss"]
+    for name in ("loss_output", "loss_layer2", "loss_layer4", "loss_layer6"):
+        assert epochs[3]["train"][name] < epochs[1]["train"][name]
+
+
+def test_no_checkpoint_holds_the_teacher(trained, teacher):
+    theirs = HubertModel.from_pretrained(teacher).state_dict()
+    ours = HubertModel(HubertConfig(**SIZES, mask_time_prob=0.0)).state_dict()
+    names = [f"student.{name}" for name in ours]
+    files = sorted(p.name for p in trained.glob("*.pth") if not p.is_symlink())
+    assert {"checkpoint.pth", "3epoch.pth"} <= set(files)
+
+    def tensors(states):
+        for value in states.values() if isinstance(states, dict) else states:
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, (dict, list, tuple)):
+                yield from tensors(value)
+
+    secret = [v for k, v in theirs.items() if "encoder.layers" in k and v.dim() == 2]
+    for file in files:
+        states = load(trained / file)
+        found = states["model"] if file == "checkpoint.pth" else states
+        assert [n for n in found if not n.startswith("loss.")] == names, file
+        for value in tensors(states):
+            assert not any(v.shape == value.shape and same(v, value) for v in secret)
+
+
+def test_the_config_is_enough_without_the_teacher(training, tmp_path):
+    teacher = save_teacher(tmp_path / "teacher")
+    directory = tmp_path / "exp"
+    main(
+        training(
+            directory,
+            model_conf=dict(teacher=str(teacher)),
+            max_epoch=1,
+            trainer="resumable",
+            trainer_conf={},
+        )
+    )
+    shutil.rmtree(teacher)
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    found = config["model_conf"]
+    assert found["teacher_layers"] == [2, 4, 6]
+    assert (found["teacher_size"], found["normalize"]) == (16, True)
+    checkpoint = directory / "1epoch.pth"
+    model, _ = SFMDistillTask.build_model_from_file(
+        directory / "config.yaml", checkpoint
+    )
+    assert same(dict(model.state_dict()), dict(load(checkpoint)))
+    assert model.normalize and model.loss.teacher_layers == [2, 4, 6]
+
+
+def test_what_the_config_says_goes_before_the_teacher(training, tmp_path):
+    given = dict(teacher_layers=[1, 5], normalize=False)
+    directory = tmp_path / "exp"
+    main(training(directory, model_conf=given, dry_run=True))
+    found = yaml.safe_load((directory / "config.yaml").read_text())["model_conf"]
+    assert {**given, "teacher_size": 16}.items() <= found.items()
+
+
+@pytest.mark.integration
+def test_a_run_can_be_repeated(trained, training, tmp_path):
+    main(training(tmp_path / "exp"))
+    assert_same_runs(trained, tmp_path / "exp")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_resumed_run_is_the_unbroken_one(trained, training, tmp_path, epochs):
+    """Stopped before the student grew, and after; its CNN learns."""
+    main(training(tmp_path / "exp", max_epoch=epochs))
+    assert not (tmp_path / "exp" / "3epoch.pth").exists()
+    main(training(tmp_path / "exp"))
+    assert_same_runs(trained, tmp_path / "exp")
+
+
+def test_print_config_shows_our_options(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sfm_distill_train", "--print_config"])
+    output = io.StringIO()
+    SFMDistillTask.print_config(output)
+    config = yaml.safe_load(output.getvalue())
+    ours = dict(
+        teacher=None,
+        teacher_layers=None,
+        layer_weight=0.5,
+        loss="mse",
+        student_layers=None,
+        cnn_init=None,
+        freeze_cnn=False,
+        depth_sampler="full",
+        normalize=None,
+    )
+    assert ours.items() <= config["model_conf"].items()
+    assert config["student_conf"] == {} and config["collate_fn_conf"] == {}
+    assert (config["model"], config["trainer"]) == ("sfm_distill", "resumable")
+
+
+def test_collect_stats_writes_the_lengths_of_whole_utterances(
+    training, corpus, tmp_path
+):
+    main(training(tmp_path / "stats", collect_stats=True))
+    for part, data in (("train", corpus.train), ("valid", corpus.dev)):
+        shapes = (tmp_path / "stats" / part / "speech_shape").read_text()
+        assert shapes == (data / "utt2num_samples").read_text()
+        keys = (tmp_path / "stats" / part / "batch_keys").read_text().split()
+        assert keys == ["speech"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model_conf=dict(teacher=None)), "model_conf names no teacher"),
+        (dict(model_conf=dict(teacher="/not/there")), "no teacher /not/there"),
+        (dict(model_conf=dict(layer_wieght=1.0)), "model_conf: .*'layer_wieght'"),
+        (dict(model_conf=dict(teacher_layers=[2, 7])), "layers 0 .input. to 6"),
+        (dict(collate_fn_conf=dict(max_second=1)), "collate_fn_conf: .*'max_second'"),
+        (dict(collate_fn_conf=dict(train=False)), "collate_fn_conf: .*'train'"),
+        (dict(student_conf=dict(dropout=0.1)), "HubertConfig has no dropout"),
+        (dict(trainer="resumable"), "takes no trainer_conf"),
+        (dict(trainer_conf=dict(depths=[2, 6])), "the model has 4"),
+        (dict(trainer_conf=dict(depth=[2, 4])), "trainer_conf: .*'depth'"),
+    ],
+    ids=str,
+)
+def test_refuses_in_one_line(training, tmp_path, capsys, changes, message):
+    last = error_of(training(tmp_path / "exp", **changes), capsys)
+    assert re.search(message, last), last
+
+
+def test_refuses_another_sampling_rate(training, tmp_path, capsys):
+    teacher = save_teacher(tmp_path / "teacher", 16000)
+    changes = dict(model_conf=dict(teacher=str(teacher)))
+    last = error_of(training(tmp_path / "exp", **changes), capsys)
+    assert "8000 Hz, but the teacher takes 16000 Hz: format the data" in last
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize("content", ["", "a /not/there.wav\n"], ids=["empty", "gone"])
+def test_refuses_data_that_is_not_there(training, tmp_path, capsys, content):
+    (tmp_path / "wav.scp").write_text(content)
+    arguments = training(tmp_path / "exp")
+    file = Path(arguments[1])
+    config = yaml.safe_load(file.read_text())
+    config["train_data_path_and_name_and_type"][0][0] = str(tmp_path / "wav.scp")
+    file.write_text(yaml.safe_dump(config))
+    assert str(tmp_path / "wav.scp") in error_of(arguments, capsys)
