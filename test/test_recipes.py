@@ -616,7 +616,7 @@ def test_the_comparison_of_growing_students(distilled, speech):
     words += ["--more_seeds_for", "full", "--probe_seeds", "0", "--num_threads", "1"]
     exp = recipe / "exp" / "compare"
     exp.mkdir(parents=True)
-    (exp / "step_time.json").write_text('{"full": 1.0, "interleave_eql": 0.75}')
+    (exp / "step_time.json").write_text('{"schedules": {"equal": 0.75, "prop1": 0.8}}')
     words += ["--run_opts", f"--local_data_opts '{SMALL} --num_probe_test 6'"]
     shell("local/compare.sh", *words, cwd=recipe, env=environment(**speech))
     rows = {
@@ -624,7 +624,7 @@ def test_the_comparison_of_growing_students(distilled, speech):
         for line in (recipe / "README.md").read_text().splitlines()
         if line.startswith("|")
     }
-    assert rows["full"][0] == "2" and rows["full"][2] == "1.00"
+    assert rows["full"][0] == "2" and rows["full"][2:4] == ["1.00", "1.00"]
     assert rows["interleave_eql"][0] == "1" and rows["interleave_eql"][3] == "0.75"
     assert rows["teacher"][:5] == rows["untrained"][:5] == [""] * 5
     numbers = json.loads((exp / "comparison.json").read_text())

@@ -150,7 +150,7 @@ def test_a_probe_is_repeatable_and_leaves_random_numbers_alone():
 
 
 def test_the_hidden_states_are_those_of_the_model(probe, tmp_path):
-    path = untrained(tmp_path / "hf")
+    path = untrained(tmp_path / "hf", do_stable_layer_norm=True)  # not normalised
     probe("--upstream", f"a={path}")
     kept = torch.load(tmp_path / "probe" / "hidden" / "a.pt")["states"]
     assert [len(part) for part in kept] == [72, 6, 18, 18]
@@ -223,7 +223,7 @@ def spoil(data, what: str) -> None:
     digits_train, digits_test, strings_test = map(Path, (data[1], data[2], data[5]))
     lines = {
         "two words": (digits_test / "text", " TWO\n", " TWO ONE\n"),
-        "unknown word": (strings_test / "text", "THREE", "FOUR"),
+        "unknown word": (strings_test / "text", " THREE\n", " FOUR\n"),
         "unknown speaker": (digits_train / "utt2spk", " hi\n", " lo\n"),
         "utterances": (digits_test / "text", "hi-ONE-00 ", "hi-ONE-99 "),
         "no audio": (strings_test / "wav.scp", "lo-TWO-TWO.wav", "lo-TWO-TWO.flac"),

@@ -214,7 +214,8 @@ write_scores() { # ${sfm_exp}/RESULTS.md: a row for the teacher and for each exp
         log "It is up to date"
     else
         # The hidden states of the teacher are kept there for all experiments.
-        "${python}" -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
+        OMP_NUM_THREADS=${num_threads} \
+            "${python}" -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
             --digits "${digits[@]/#/${data_feats}/}" \
             --strings "${strings[@]/#/${data_feats}/}" \
             --output_dir "${expdir}/probe" --device "${device}" "${options[@]}" \

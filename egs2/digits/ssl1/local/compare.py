@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
 import torch
+import yaml
 from espnet2.train.reporter import Reporter
 
 from dldkit.errors import UserError, report_user_errors
@@ -47,6 +48,19 @@ def read_training(exp: Path) -> Training:
     return Training(seconds, reporter.get_value("valid", "loss", reporter.get_epoch()))
 
 
+def step_time(exp: Path, measured: dict) -> Optional[float]:
+    """Return the mean time of a step as a ratio to full depth's, as measured alone.
+
+    Args:
+        measured: what bench/step_time.py wrote.
+    """
+    config = yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
+    if config["trainer"] != "stacking":
+        return 1.0 if measured else None
+    is_prop = config["trainer_conf"].get("schedule") == "prop"
+    return measured.get("schedules", {}).get("prop1" if is_prop else "equal")
+
+
 def read_json(path: Path) -> dict:
     """Return what a JSON file holds, or nothing if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -62,14 +76,14 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def table(
     trainings: dict[str, list[Training]],
-    step_times: dict[str, float],
+    step_times: dict[str, Optional[float]],
     scores: dict[str, list[dict[str, list[float]]]],
 ) -> list[str]:
     """Return the lines of the table.
 
     Args:
         trainings: of each system, one for each seed.
-        step_times: ratio to `full` of each system that was measured.
+        step_times: of each system, the ratio to `full`, if it was measured.
         scores: of each row's upstreams, each score with every seed of the probe.
     """
     heads = ["trainings", "time of training (s)", "ratio to full", "step time"]
@@ -85,7 +99,7 @@ def table(
             if full:
                 reference = statistics.mean(run.seconds for run in full)
                 cells[2] = f"{statistics.mean(seconds) / reference:.2f}"
-            if name in step_times:
+            if step_times[name] is not None:
                 cells[3] = f"{step_times[name]:.2f}"
             cells[4] = spread([run.loss for run in runs], 4)
         for score in SCORES:
@@ -101,7 +115,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--expdir", required=True)
     add("--runs", nargs="+", required=True, help="as full_seed1")
-    add("--step_times", required=True, help="JSON: ratio to full of each system")
+    add("--step_times", required=True, help="JSON that bench/step_time.py wrote")
     add("--readme", required=True)
     add("--command", required=True)
     return parser
@@ -115,7 +129,9 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
 
     expdir = Path(args.expdir)
     probed = read_json(expdir / "probe" / "probe.json").get("upstreams", {})
+    measured = read_json(Path(args.step_times))
     trainings: dict[str, list[Training]] = {}
+    step_times: dict[str, Optional[float]] = {}
     scores = {
         name: [probed[name]] for name in ("teacher", "untrained") if name in probed
     }
@@ -123,15 +139,17 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         if run not in probed:
             raise UserError(f"{run} has no probe scores: run stage 3 again")
         system = run.rpartition("_seed")[0]
-        trainings.setdefault(system, []).append(read_training(expdir / f"sfm_{run}"))
+        exp = expdir / f"sfm_{run}"
+        trainings.setdefault(system, []).append(read_training(exp))
+        step_times[system] = step_time(exp, measured)
         scores.setdefault(system, []).append(probed[run])
     body = [
         "Mean ± standard deviation: of time and loss over the trainings, of the scores "
         "over the trainings and the probe's seeds. Where there is one training, the "
-        "spread is the probe's alone. Times are those of the training steps; step time "
-        "is the ratio to full, measured side by side.",
+        "spread is the probe's alone. Time is that of all training steps; step time is "
+        "the ratio to full that bench/step_time.py measures side by side.",
         "",
-        *table(trainings, read_json(Path(args.step_times)), scores),
+        *table(trainings, step_times, scores),
         "",
         f"Made by `{args.command.strip()}` on {date.today()} with espnet "
         f"{espnet.__version__}, torch {torch.__version__}, Python "
