@@ -21,8 +21,8 @@ import yaml
 from dldkit.errors import UserError
 
 INSTALL = (
-    "DLDKIT_EXTRAS=espeak,test,superb tools/install.sh, or pip install espnet-s3prl "
-    "editdistance sed_eval more_itertools"
+    "DLDKIT_EXTRAS=espeak,sfm,test,superb tools/install.sh, or pip install "
+    "'dldkit[superb]'"
 )
 MODULES = ("s3prl", "editdistance", "sed_eval", "more_itertools", "pkg_resources")
 

@@ -6,7 +6,7 @@
 #       --librispeech /corpora/LibriSpeech --voxceleb1 /corpora/VoxCeleb1 ...
 #
 # s3prl trains and tests a small downstream model for each task on the frozen student,
-# with SUPERB's settings. It needs the extra "superb": DLDKIT_EXTRAS=espeak,test,superb
+# with SUPERB's settings. It needs the extra "superb": DLDKIT_EXTRAS=espeak,sfm,test,superb
 # tools/install.sh. Corpora are not downloaded: name yours in db.sh, in the environment
 # (LIBRISPEECH=...) or here. The splits and lexicons that s3prl needs besides are, each
 # with a line that says so, unless they are in --list_dir.

@@ -88,5 +88,5 @@ if [ "${stage}" -le 4 ] && [ "${stop_stage}" -ge 4 ]; then
     log "Stage 4: table in README.md"
     python3 local/compare.py --expdir "${expdir}" --runs "${runs[@]}" \
         --step_times "${step_times:-${expdir}/step_time.json}" --readme README.md \
-        --command "local/compare.sh $(printf '%q ' "$@")"
+        --command "local/compare.sh${*:+ $(printf '%q ' "$@")}"
 fi
