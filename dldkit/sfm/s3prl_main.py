@@ -1,4 +1,4 @@
-"""Run s3prl.main with what s3prl needs and newer torchaudio has no more.
+"""Run s3prl.main with what it needs and newer torchaudio and pandas have no more.
 
 python -m dldkit.sfm.s3prl_main LIST_DIR PROBLEM [--option value]...
 """
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Sequence, Union
 
 import numpy as np
+import pandas
 import soundfile
 import torch
 import torchaudio
@@ -58,6 +59,9 @@ def main() -> None:
         torchaudio.sox_effects = SimpleNamespace(
             apply_effects_tensor=apply_effects_tensor
         )
+
+    if not hasattr(pandas.Series, "iteritems"):
+        pandas.Series.iteritems = pandas.Series.items
 
     from s3prl.main import main as s3prl_main
     from s3prl.problem.asr import superb_pr
