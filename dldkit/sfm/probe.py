@@ -26,8 +26,8 @@ PathLike = Union[str, Path]
 Pair = tuple[PathLike, PathLike]
 States = list[torch.Tensor]
 
-# Adam, with a rate that falls to zero, alike for all models. Short: of a weak model, the
-# CTC probe still misses words that longer training would find.
+# Adam, with a rate that falls to zero, alike for all models. Short: of a weak model,
+# the CTC probe still misses words that longer training would find.
 _EPOCHS, _RATE, _BATCH = 40, 0.01, 16
 _TASKS = {
     "digit_accuracy": "digit, accuracy %",
