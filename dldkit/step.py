@@ -98,7 +98,7 @@ class Step:
             return None
 
     def changes(self) -> list[str]:
-        """Return the names of the options and files that differ from those of before."""
+        """Return the options and files that differ from those of before, by name."""
         before = self.read(".part") or self.read(".done")
         if before is None:
             return []
@@ -279,7 +279,7 @@ def _identity() -> dict:
 
 
 def _machine() -> str:
-    """This boot of this machine, and this container: within it, a pid is one process."""
+    """This boot of this machine, and this container: in it, a pid is one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
