@@ -44,16 +44,13 @@ class LayerDropEncoder(DynamicDepth):
             sampler=build_sampler(depth_sampler, keep_prob, min_depth),
             keep_final_norm=keep_final_norm,
         )
+        # exits after some layers, of which all always train: a depth means an exit
+        if depth_sampler == "full" and kwargs.get("interctc_layer_idx"):
+            self.selector = "prefix"
 
     def __init_subclass__(cls):
         super().__init_subclass__()
         cls.__signature__ = merged_signature(cls)
-
-    def forward(self, *args, **kwargs):
-        """Run the ESPnet encoder, in training on freshly drawn layers."""
-        if self.training:
-            self.encoders.draw()
-        return super().forward(*args, **kwargs)
 
 
 class LDConformerEncoder(LayerDropEncoder, ConformerEncoder):

@@ -1,6 +1,7 @@
 """Recognition at a chosen depth: greedy CTC, or ESPnet's beam search."""
 
 import logging
+from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
@@ -15,12 +16,10 @@ from espnet2.utils.pretrained import download_pretrained
 
 import dldkit
 from dldkit.asr.loading import check_weights, encoder_states, read_checkpoint
-from dldkit.depth.profile import fingerprint
+from dldkit.depth.profile import find_profile, fingerprint
 from dldkit.errors import UserError
 
 dldkit.register()
-
-DEPTH_PROFILE = "depth_profile.pth"
 
 
 class Speech2Text(espnet_inference.Speech2Text):
@@ -32,9 +31,10 @@ class Speech2Text(espnet_inference.Speech2Text):
         beam_size: 1 = greedy CTC; more = ESPnet's beam search.
         depth: number of encoder layers to run; None = all.
         layers: the layers themselves, instead of a depth.
-        selector: `even` or `prefix`, see `dldkit.depth.selector`.
-        depth_profile: a file, `auto` = depth_profile.pth beside the model if it is
-            there, None = the checkpoint's own statistics.
+        selector: `even` or `prefix`, see `dldkit.depth.selector`; None = as the model
+            was trained.
+        depth_profile: a file, `auto` = the checkpoint's profile if there is one beside
+            it, None = the checkpoint's own BatchNorm statistics.
 
     Raises:
         UserError: for an impossible depth, or a checkpoint that does not fit.
@@ -48,7 +48,7 @@ class Speech2Text(espnet_inference.Speech2Text):
         beam_size: int = 1,
         depth: Optional[int] = None,
         layers: Optional[Sequence[int]] = None,
-        selector: str = "even",
+        selector: Optional[str] = None,
         depth_profile: Union[Path, str, None] = "auto",
         **kwargs: Any,
     ):
@@ -71,15 +71,16 @@ class Speech2Text(espnet_inference.Speech2Text):
         if self.greedy and self.asr_model.ctc is None:
             raise UserError("greedy search needs CTC: set --beam_size above 1")
         self.selector = selector
+        encoder = self.asr_model.encoder
         if depth_profile == "auto":
-            depth_profile = Path(asr_model_file).parent / DEPTH_PROFILE
-            if not depth_profile.is_file():
-                depth_profile = None
+            depth_profile = None
+            if hasattr(encoder, "set_depth"):
+                depth_profile = find_profile(asr_model_file, encoder_states(states))
         if depth_profile is not None:
             self._dynamic_encoder().load_depth_profile(
                 depth_profile, fingerprint(encoder_states(states))
             )
-        if depth is not None or layers is not None:
+        if depth is not None or layers is not None or depth_profile is not None:
             self.set_depth(depth, layers)
 
     @classmethod
@@ -92,10 +93,20 @@ class Speech2Text(espnet_inference.Speech2Text):
     def set_depth(
         self, depth: Optional[int] = None, layers: Optional[Sequence[int]] = None
     ) -> None:
-        """Choose the encoder layers of the utterances that follow."""
+        """Choose the encoder layers of the utterances that follow; all by default."""
         encoder = self._dynamic_encoder()
         encoder.set_depth(depth, layers=layers, selector=self.selector)
         logging.info(f"Encoder layers: {encoder.active_layers}")
+
+    def running(
+        self, depth: Optional[int] = None, layers: Optional[Sequence[int]] = None
+    ) -> AbstractContextManager[None]:
+        """Recognise at another depth, in this thread, while the context lasts.
+
+        So requests at different depths can share one model.
+        """
+        encoder = self._dynamic_encoder()
+        return encoder.running(encoder.choose_layers(depth, layers, self.selector))
 
     def _dynamic_encoder(self):
         encoder = self.asr_model.encoder
@@ -152,7 +163,7 @@ class Speech2Text(espnet_inference.Speech2Text):
 def inference(
     depth: Optional[int],
     layers: Optional[Sequence[int]],
-    selector: str,
+    selector: Optional[str],
     depth_profile: Optional[str],
     **espnet_options: Any,
 ) -> None:

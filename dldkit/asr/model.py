@@ -1,6 +1,6 @@
 """ESPnet's ASR model, pulled to a frozen reference by KL on the CTC posteriors."""
 
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
@@ -8,6 +8,7 @@ from espnet2.torch_utils.device_funcs import force_gatherable
 
 from dldkit.asr.losses import CTCPosteriorKL
 from dldkit.asr.reference import Reference, open_reference
+from dldkit.depth.sampler import FullSampler
 from dldkit.errors import UserError
 from dldkit.signature import merged_signature
 
@@ -24,6 +25,10 @@ class DLDModel(ESPnetASRModel):
         kd_reduction: see `CTCPosteriorKL`.
         reference: a trained ESPnet experiment directory, one of its checkpoints, a
             packed zip, or a directory of cached posteriors; None = no KL term.
+        valid_depths: depths at which validation computes CTC's loss; None = all layers
+            and half of them, for an encoder that trains or exits at several depths.
+            `loss_ctc_depth6` and so on are reported, and `loss_ctc_depths`, their mean,
+            which best_model_criterion may name.
 
     Raises:
         UserError: when the options can not work together.
@@ -37,9 +42,11 @@ class DLDModel(ESPnetASRModel):
         kd_direction: str = "forward",
         kd_reduction: str = "utterance",
         reference: Optional[str] = None,
+        valid_depths: Optional[Sequence[int]] = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.valid_layers = self._layers_to_validate(valid_depths)
         self.kd_weight = kd_weight
         self.kd_loss = CTCPosteriorKL(kd_temperature, kd_direction, kd_reduction)
         self.reference_path = reference
@@ -108,8 +115,63 @@ class DLDModel(ESPnetASRModel):
             loss = loss + self.kd_weight * loss_kd
             new_stats["loss_kd"] = loss_kd.detach()
             new_stats["loss"] = loss.detach()
+        if not self.training:
+            batch = (speech, speech_lengths, text, text_lengths)
+            new_stats.update(self._losses_at_depths(*batch))
         stats.update(force_gatherable(new_stats, loss.device))
         return loss, stats, weight
+
+    def _layers_to_validate(
+        self, depths: Optional[Sequence[int]]
+    ) -> dict[int, tuple[int, ...]]:
+        """Return the layers of each depth that validation runs.
+
+        Raises:
+            UserError: for depths that the model does not have.
+        """
+        if not hasattr(self.encoder, "set_depth"):
+            if depths:
+                raise UserError(
+                    f"valid_depths {list(depths)}: {type(self.encoder).__name__} has "
+                    "no run-time depth; remove it, or choose an ld_* encoder"
+                )
+            return {}
+        gates = self.encoder.gates
+        if depths is None:
+            dynamic = not isinstance(gates.sampler, FullSampler)
+            exits = self.encoder.selector == "prefix"
+            depths = [len(gates), len(gates) // 2] if dynamic or exits else []
+        if self.ctc is None:
+            return {}
+        for depth in depths:
+            if not isinstance(depth, int):
+                raise UserError(f"valid_depths: {depth!r} is no number of layers")
+        return {depth: self.encoder.choose_layers(depth) for depth in depths}
+
+    def _losses_at_depths(
+        self,
+        speech: torch.Tensor,
+        speech_lengths: torch.Tensor,
+        text: torch.Tensor,
+        text_lengths: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Return CTC's loss at each depth of `valid_depths`, and their mean."""
+        if not self.valid_layers or (
+            len(self.encoder.active_layers) < len(self.encoder.gates)
+        ):
+            return {}  # a growing model has no other depths yet
+        text = text[:, : text_lengths.max()]
+        losses = {}
+        for depth, layers in self.valid_layers.items():
+            features = speech.clone() if self.frontend is None else speech
+            with self.encoder.running(layers):
+                encoded, lengths = super().encode(features, speech_lengths)
+            if isinstance(encoded, tuple):  # with intermediate outputs
+                encoded = encoded[0]
+            loss = self.ctc(encoded, lengths, text, text_lengths)
+            losses[f"loss_ctc_depth{depth}"] = loss.detach()
+        losses["loss_ctc_depths"] = sum(losses.values()) / len(losses)
+        return losses
 
     def open_reference(self) -> Reference:
         """Open the reference at its first use.

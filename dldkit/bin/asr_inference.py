@@ -31,14 +31,13 @@ def get_parser():
     group.add_argument(
         "--selector",
         choices=list(SELECTORS),
-        default="even",
-        help="Which layers a depth means, where no depth profile says so",
+        help="Which layers a depth means; default: as the model was trained",
     )
     group.add_argument(
         "--depth_profile",
         type=str_or_none,
         default="auto",
-        help="File of dldkit.bin.calibrate; auto = the one beside the model; none",
+        help="File of dldkit.bin.calibrate; auto = that of the checkpoint; none",
     )
     parser.set_defaults(beam_size=1, batch_size=16)
     return parser

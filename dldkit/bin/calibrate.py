@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
-"""Write the depth profile of a trained model from unlabelled training speech."""
+"""Write the depth profile of a trained model from training speech."""
 
 import argparse
 import logging
-from pathlib import Path
 
-from dldkit.asr.inference import DEPTH_PROFILE
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import report_user_errors
 
@@ -19,11 +17,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--asr_model_file", required=True, help="checkpoint, beside its config.yaml")
     add("--data_dir", required=True, help="training speech: dump/raw/train")
     add("--depths", required=True, help='numbers of layers: "12 10 8 6 4 2"')
-    add("--selector", choices=list(SELECTORS), default="even", help="layers of a depth")
+    add("--selector", choices=list(SELECTORS), help="default: as the model was trained")
     add("--num_utts", type=int, default=300, help="utterances to calibrate on")
     add("--batch_size", type=int, default=20, help="utterances per unpadded batch")
     add("--seed", type=int, default=0, help="of the choice of utterances")
-    add("--output", help=f"default: {DEPTH_PROFILE} beside the checkpoint")
     return parser
 
 
@@ -34,7 +31,6 @@ def main(cmd=None) -> None:
 
     args = get_parser().parse_args(cmd)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")
-    args.output = args.output or Path(args.asr_model_file).parent / DEPTH_PROFILE
     args.depths = [int(depth) for depth in args.depths.split()]
     write_depth_profile(**vars(args))
 

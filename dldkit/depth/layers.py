@@ -1,16 +1,35 @@
 """N layer slots, and the rule that says which of them run now."""
 
+import logging
 import random
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Optional, Sequence, Union
 
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.repeat import MultiSequential
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dldkit.depth.profile import DepthProfile, fingerprint
 from dldkit.depth.sampler import DepthSampler, FullSampler
 from dldkit.depth.selector import select_layers
+from dldkit.depth.statistics import use_statistics
 from dldkit.errors import UserError
+
+_optimizer_steps = 0  # of this process, of any optimiser
+
+
+def _count_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+# By the identity of the gates. A context variable, because requests at different depths
+# may run one model in several threads.
+_running: ContextVar[dict[int, tuple[int, ...]]] = ContextVar("running", default={})
 
 
 class Gates(torch.nn.Module):
@@ -25,28 +44,44 @@ class Gates(torch.nn.Module):
         """Select all slots, and let `sampler` draw those of each training step."""
         self.sampler = sampler or FullSampler()
         self.sampler.draw(range(len(self)), random.Random(0))  # refuses early
-        self.selected = tuple(range(len(self)))
-        self._drawn: Optional[tuple[int, ...]] = None
         self._rng: Optional[random.Random] = None
         self._seed: Optional[int] = None
+        self.select(range(len(self)))
 
     @property
     def active(self) -> tuple[int, ...]:
-        """The slots that run: those drawn in training, those selected otherwise."""
-        if self.training and self._drawn is not None:
-            return self._drawn
-        return self.selected
+        """The slots that run: those of `running`, else of the step, else selected."""
+        running = _running.get().get(id(self))
+        if running is not None:
+            return running
+        return self.layers_of_step() if self.training else self.selected
+
+    @contextmanager
+    def running(self, layers: Sequence[int]) -> Iterator[None]:
+        """Run just these slots, in this thread, while the context lasts."""
+        token = _running.set({**_running.get(), id(self): tuple(layers)})
+        try:
+            yield
+        finally:
+            _running.reset(token)
 
     def select(self, layers: Sequence[int]) -> None:
         """Choose the slots that run in evaluation and are drawn from in training."""
         self.selected = tuple(layers)
-        self._drawn = None
+        self._drawn: Optional[tuple[int, ...]] = None
 
-    def draw(self) -> None:
-        """Draw the slots of the next training step out of the selected ones."""
+    def layers_of_step(self) -> tuple[int, ...]:
+        """Return the slots of this optimiser step, drawn out of the selected ones.
+
+        All forwards of a step train the same layers: with accumulated gradients, the
+        step would otherwise be one of several depths, which no option asked for.
+        """
         if self._rng is None:
             self._follow_seed()
-        self._drawn = self.sampler.draw(self.selected, self._rng)
+        if self._drawn is None or self._step != _optimizer_steps:
+            self._step = _optimizer_steps
+            self._drawn = self.sampler.draw(self.selected, self._rng)
+        return self._drawn
 
     def _follow_seed(self) -> None:
         # ESPnet seeds torch with `seed + epoch` on every rank before each epoch, and
@@ -57,6 +92,7 @@ class Gates(torch.nn.Module):
         if seed != self._seed:
             self._seed = seed
             self._rng = random.Random(seed)
+            self._drawn = None
 
     def train(self, mode: bool = True) -> "Gates":
         super().train(mode)
@@ -138,45 +174,82 @@ class _FinalNorm:
 
 
 class DynamicDepth:
-    """Mixin of an encoder whose `encoders` are `GatedLayers`: depth at run time."""
+    """Mixin of an encoder with gated layers: depth at run time.
 
-    encoders: GatedLayers
+    Attributes:
+        selector: which layers a depth means if nothing else says so.
+    """
+
+    selector: str = "even"
     _profile: Optional[DepthProfile] = None
+
+    @property
+    def gates(self) -> Gates:
+        """The gated layers."""
+        return find_gates(self)
 
     @property
     def active_layers(self) -> tuple[int, ...]:
         """The slots that run now, in order."""
-        return self.encoders.active
+        return self.gates.active
+
+    def choose_layers(
+        self,
+        depth: Optional[int] = None,
+        layers: Optional[Sequence[int]] = None,
+        selector: Optional[str] = None,
+    ) -> tuple[int, ...]:
+        """Return the layers that a request means.
+
+        Without a selector, a depth means what the encoder's own `selector` says, unless
+        the depth profile lists other layers only.
+
+        Args:
+            depth: number of layers; None = all.
+            layers: the slots themselves, instead of a depth.
+            selector: `even` or `prefix`.
+
+        Raises:
+            UserError: for a depth or a layer that the encoder does not have.
+        """
+        gates, profile = self.gates, self._profile
+        name = selector or self.selector
+        chosen = select_layers(len(gates), depth, layers, name)
+        if profile is None or chosen in profile.depths:
+            return chosen
+        if depth is not None and selector is None:
+            chosen = profile.layers_of(depth) or chosen
+        static = isinstance(gates.sampler, FullSampler) and len(chosen) == len(gates)
+        if chosen not in profile.depths and chosen not in self._warned and not static:
+            self._warned.add(chosen)
+            logging.warning(
+                f"layers {chosen} are not in the depth profile: they run with the "
+                "checkpoint's own BatchNorm statistics. Add their depth with "
+                "dldkit.bin.calibrate"
+            )
+        return chosen
 
     def set_depth(
         self,
         depth: Optional[int] = None,
         *,
         layers: Optional[Sequence[int]] = None,
-        selector: str = "even",
+        selector: Optional[str] = None,
     ) -> None:
-        """Choose the layers that run at inference.
+        """Choose the layers that run at inference; see `choose_layers`.
 
-        With an attached depth profile, a depth that is in the profile means the
-        profile's layers, and its calibrated statistics are applied. `set_depth()`
-        runs all layers with the statistics of the checkpoint.
+        With an attached depth profile, they run with its statistics for them.
+        """
+        self.gates.select(self.choose_layers(depth, layers, selector))
 
-        Args:
-            depth: number of layers; None = all.
-            layers: the slots themselves, instead of a depth.
-            selector: `even` or `prefix`, for a depth that no profile lists.
+    def running(self, layers: Sequence[int]) -> AbstractContextManager[None]:
+        """Run just these layers, in this thread, while the context lasts.
 
         Raises:
-            UserError: for a depth or a layer that the encoder does not have.
+            UserError: for a layer that the encoder does not have.
         """
-        profile = self._profile
-        if depth is not None and layers is None and profile and depth in profile.depths:
-            layers, depth = profile.depths[depth].layers, None
-        chosen = select_layers(len(self.encoders), depth, layers, selector)
-        self.encoders.select(chosen)
-        if profile is not None:
-            asked = depth is not None or layers is not None
-            profile.apply(self, chosen if asked else None)
+        gates = self.gates
+        return gates.running(select_layers(len(gates), layers=layers))
 
     def load_depth_profile(
         self, path: Union[str, Path], checkpoint: Optional[str] = None
@@ -190,19 +263,15 @@ class DynamicDepth:
         Raises:
             UserError: when the profile was made for another checkpoint.
         """
-        self.detach_depth_profile()
         profile = DepthProfile.load(path)
         if profile.checkpoint != (checkpoint or fingerprint(self.state_dict())):
             raise UserError(
                 f"the depth profile {path} was calibrated for another checkpoint: "
                 "write it again with dldkit.bin.calibrate for this one"
             )
-        profile.attach(self)
-        self._profile = profile
-        self.set_depth(layers=self.encoders.selected)
+        self.attach_depth_profile(profile)
 
-    def detach_depth_profile(self) -> None:
-        """Forget the depth profile and restore the checkpoint's own statistics."""
-        if self._profile is not None:
-            self._profile.apply(self, None)
-            self._profile = None
+    def attach_depth_profile(self, profile: Optional[DepthProfile]) -> None:
+        """Use the statistics of a depth profile; None = the checkpoint's own."""
+        self._profile, self._warned = profile, set()
+        use_statistics(self, self.gates, profile.statistics if profile else {})

@@ -1,75 +1,98 @@
 """The depth profile: each depth's layers, and BatchNorm statistics that fit it.
 
 A model trained at random depths gathers running statistics that fit no single depth.
-A profile re-estimates them for each depth from unlabelled audio and is kept in a file
-beside the checkpoint, which stays as it is.
+A profile re-estimates them for each depth from audio. It belongs to one checkpoint, and
+is kept in a file beside it; the checkpoint stays as it is.
 """
 
 import hashlib
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Union
+from typing import Any, Optional, Union
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from dldkit.depth.statistics import Statistics
 from dldkit.errors import UserError
+from dldkit.step import atomic
 
-Statistics = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""(mean, variance) of each BatchNorm, by its name in the encoder."""
+PathLike = Union[str, Path]
+
+OLD_NAME = "depth_profile.pth"  # one file for a whole directory, up to version 0.1
 
 
 @dataclass
 class CalibratedDepth:
-    """The layers of one depth, and their BatchNorm statistics."""
+    """The layers of one depth, and what is known about them.
+
+    Attributes:
+        layers: the slots that run.
+        statistics: of their BatchNorms; empty where the checkpoint's own are better.
+        selector: which choice of layers this is: `even`, `prefix`; None = another one.
+        made_from: data and options of the calibration.
+        ctc_loss: on held-back utterances, with the checkpoint's statistics and with the
+            estimated ones.
+    """
 
     layers: tuple[int, ...]
     statistics: Statistics
+    selector: Optional[str] = None
+    made_from: dict[str, Any] = field(default_factory=dict)
+    ctc_loss: Optional[tuple[float, float]] = None
 
 
 class DepthProfile:
     """The calibrated depths of one trained encoder.
 
     Args:
-        depths: what to run at each depth.
+        depths: what was calibrated, in the order in which it was.
         checkpoint: fingerprint of the encoder's weights the statistics belong to.
     """
 
-    def __init__(self, depths: Mapping[int, CalibratedDepth], checkpoint: str):
-        self.depths = dict(depths)
+    def __init__(self, depths: Iterable[CalibratedDepth], checkpoint: str):
         self.checkpoint = checkpoint
-        self._trained: Statistics = {}
+        self.depths = {depth.layers: depth for depth in depths}
 
-    def save(self, path: Union[str, Path]) -> None:
+    def add(self, depth: CalibratedDepth) -> None:
+        """Add a depth, or put a newer calibration of it in its place."""
+        self.depths.pop(depth.layers, None)
+        self.depths[depth.layers] = depth
+
+    def layers_of(self, depth: int) -> Optional[tuple[int, ...]]:
+        """Return the layers that were calibrated last for a depth."""
+        found = [layers for layers in self.depths if len(layers) == depth]
+        return found[-1] if found else None
+
+    @property
+    def statistics(self) -> dict[tuple[int, ...], Statistics]:
+        """The statistics of each choice of layers that has some."""
+        return {d.layers: d.statistics for d in self.depths.values() if d.statistics}
+
+    def save(self, path: PathLike) -> None:
         """Write the profile; a reader never sees half of it."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        torch.save(
-            {
-                "checkpoint": self.checkpoint,
-                "depths": {
-                    depth: {"layers": list(d.layers), "statistics": d.statistics}
-                    for depth, d in self.depths.items()
-                },
-            },
-            partial,
-        )
-        partial.replace(path)
+        depths = [asdict(depth) for depth in self.depths.values()]
+        with atomic(path) as part:
+            torch.save({"checkpoint": self.checkpoint, "depths": depths}, part)
 
     @classmethod
-    def load(cls, path: Union[str, Path]) -> "DepthProfile":
-        """Read a profile.
+    def load(cls, path: PathLike) -> "DepthProfile":
+        """Read a profile, of this version or of the first.
 
         Raises:
             UserError: when there is no profile at `path`.
         """
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
-            depths = {
-                depth: CalibratedDepth(tuple(d["layers"]), d["statistics"])
-                for depth, d in stored["depths"].items()
-            }
+            depths = stored["depths"]
+            if isinstance(depths, dict):  # version 0.1
+                depths = depths.values()
+            depths = [
+                CalibratedDepth(**{**depth, "layers": tuple(depth["layers"])})
+                for depth in depths
+            ]
             return cls(depths, stored["checkpoint"])
         except FileNotFoundError:
             raise UserError(
@@ -81,36 +104,51 @@ class DepthProfile:
                 "dldkit.bin.calibrate"
             ) from error
 
-    def attach(self, encoder: torch.nn.Module) -> None:
-        """Remember the statistics of `encoder` itself, to restore them."""
-        self._trained = {
-            name: (norm.running_mean.clone(), norm.running_var.clone())
-            for name, norm in batch_norms(encoder).items()
-        }
 
-    def apply(self, encoder: torch.nn.Module, layers: Optional[Sequence[int]]) -> None:
-        """Put the statistics for `layers` into the attached encoder.
+def profile_path(checkpoint: PathLike) -> Path:
+    """Return where the profile of a checkpoint is kept.
 
-        Those of the checkpoint are put back first: they serve every layer, or choice
-        of layers (None among them), that was not calibrated.
-        """
-        statistics = dict(self._trained)
-        for calibrated in self.depths.values():
-            if layers is not None and calibrated.layers == tuple(layers):
-                statistics.update(calibrated.statistics)
-        norms = batch_norms(encoder)
-        for name, (mean, variance) in statistics.items():
-            norms[name].running_mean.copy_(mean)
-            norms[name].running_var.copy_(variance)
+    `valid.loss_ctc.ave.pth` is a link to the file it means today, which gives the name:
+    another average beside it has a profile of its own.
+    """
+    checkpoint = Path(checkpoint)
+    if checkpoint.is_symlink():
+        target = os.readlink(checkpoint)
+        if os.path.basename(target) == target:  # in the same directory
+            checkpoint = checkpoint.with_name(target)
+    return checkpoint.with_suffix(".profile.pth")
 
 
-def batch_norms(encoder: torch.nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorms of `encoder` that keep running statistics, by name."""
-    return {
-        name: module
-        for name, module in encoder.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+def find_profile(
+    checkpoint: PathLike, states: Mapping[str, torch.Tensor]
+) -> Optional[Path]:
+    """Return the profile beside a checkpoint that was made for its weights.
+
+    It has another name where links became files, as in a copied or packed directory.
+    A profile that belongs to other weights is not used; that is logged if nothing fits.
+
+    Args:
+        states: the encoder's state dict, as it is in the checkpoint.
+    """
+    own = profile_path(checkpoint)
+    others = sorted(own.parent.glob("*.profile.pth"))
+    candidates = [own, *(path for path in others if path != own)]
+    candidates = [
+        path for path in [*candidates, own.with_name(OLD_NAME)] if path.is_file()
+    ]
+    if not candidates:
+        return None
+    wanted = fingerprint(states)
+    for path in candidates:
+        if DepthProfile.load(path).checkpoint == wanted:
+            return path
+    if own in candidates or own.with_name(OLD_NAME) in candidates:
+        logging.warning(
+            f"{candidates[0]} was calibrated for other weights than those of "
+            f"{checkpoint}: it is not used. Make one with: python -m "
+            f"dldkit.bin.calibrate --asr_model_file {checkpoint} ..."
+        )
+    return None
 
 
 def fingerprint(encoder_states: Mapping[str, torch.Tensor]) -> str:
@@ -121,73 +159,3 @@ def fingerprint(encoder_states: Mapping[str, torch.Tensor]) -> str:
             digest.update(name.encode())
             digest.update(values.cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def calibrate(
-    encoder: torch.nn.Module,
-    layers: Sequence[int],
-    batches: Iterable[Any],
-    forward: Callable[[Any], Any],
-) -> CalibratedDepth:
-    """Estimate the BatchNorm statistics of `encoder` when just `layers` run.
-
-    Each batch is normalised by its own statistics, as in training; means and
-    variances are accumulated over all frames in float64.
-
-    Args:
-        encoder: a `DynamicDepth` encoder; it is left at `layers`, otherwise unchanged.
-        batches: unpadded batches: padded frames would enter the statistics.
-        forward: runs the encoder on one batch.
-    """
-    encoder.set_depth(layers=layers)
-    was_training = encoder.training
-    encoder.eval()
-    moments = {name: _Moments(norm) for name, norm in batch_norms(encoder).items()}
-    with _batch_statistics(moments.values()):
-        for batch in batches:
-            forward(batch)
-    encoder.train(was_training)
-    return CalibratedDepth(
-        tuple(layers),
-        {name: m.statistics() for name, m in moments.items() if m.count > 0},
-    )
-
-
-class _Moments:
-    """Sums over all frames that enter one BatchNorm, as (Batch, Channel, Time)."""
-
-    def __init__(self, norm: _BatchNorm):
-        self.norm = norm
-        self.count = 0
-        self.sum = torch.zeros(norm.num_features, dtype=torch.float64)
-        self.square_sum = torch.zeros(norm.num_features, dtype=torch.float64)
-
-    def __call__(self, norm: _BatchNorm, inputs: tuple[torch.Tensor]) -> None:
-        frames = inputs[0].transpose(0, 1).flatten(1).double()
-        self.count += frames.size(1)
-        self.sum += frames.sum(1).cpu()
-        self.square_sum += frames.square().sum(1).cpu()
-
-    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = self.sum / self.count
-        # unbiased, as BatchNorm's own running variance
-        variance = (self.square_sum - self.count * mean**2) / max(self.count - 1, 1)
-        return mean.float(), variance.clamp(min=0.0).float()
-
-
-@contextmanager
-def _batch_statistics(all_moments: Iterable[_Moments]):
-    """Normalise by batch statistics and leave the running ones alone."""
-    handles = []
-    for moments in all_moments:
-        handles.append(moments.norm.register_forward_pre_hook(moments))
-        moments.norm.track_running_stats = False
-        moments.norm.training = True
-    try:
-        yield
-    finally:
-        for handle, moments in zip(handles, all_moments):
-            handle.remove()
-            moments.norm.track_running_stats = True
-            moments.norm.training = False

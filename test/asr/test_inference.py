@@ -1,6 +1,7 @@
 import logging
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from dldkit.asr.calibration import write_depth_profile
 from dldkit.asr.inference import Speech2Text
 from dldkit.asr.loading import load_asr_model
 from dldkit.bin.asr_inference import get_parser, main
+from dldkit.depth.profile import profile_path
 from dldkit.errors import UserError
 
 MODEL = "valid.loss_ctc.ave.pth"
@@ -172,9 +174,7 @@ class TestDepthProfile:
     def profiled(self, talkative, corpus, tmp_path):
         directory = tmp_path / "exp"
         shutil.copytree(talkative, directory)
-        write_depth_profile(
-            directory / MODEL, corpus.train, [4, 2], directory / "depth_profile.pth"
-        )
+        write_depth_profile(directory / MODEL, corpus.train, [4, 2])
         return directory
 
     def score(self, speech2text, corpus):
@@ -188,44 +188,64 @@ class TestDepthProfile:
         assert plain != calibrated
         assert plain == self.score(load(depth=2), corpus)
         elsewhere = profiled.parent / "elsewhere.pth"
-        (profiled / "depth_profile.pth").rename(elsewhere)
+        profile_path(profiled / MODEL).rename(elsewhere)
         assert self.score(load(profiled, depth=2), corpus) == plain
         named = load(profiled, depth=2, depth_profile=elsewhere)
         assert self.score(named, corpus) == calibrated
 
-    def test_full_depth_is_unchanged_when_it_is_removed(self, load, profiled, corpus):
-        expected = self.score(load(), corpus)
-        speech2text = load(profiled)
-        speech2text.set_depth(4)
-        assert self.score(speech2text, corpus) != expected
-        speech2text.set_depth(None)
-        assert self.score(speech2text, corpus) == expected
-        (profiled / "depth_profile.pth").unlink()
-        assert self.score(load(profiled, depth=4), corpus) == expected
+    def test_full_depth_has_one_meaning(self, load, profiled, corpus):
+        """That of the profile, however it is reached, unless it is told not to."""
+        checkpoint = self.score(load(), corpus)
+        calibrated = self.score(load(profiled), corpus)
+        assert calibrated != checkpoint
+        assert self.score(load(profiled, depth=4), corpus) == calibrated
+        speech2text = load(profiled, depth=2)
+        for request in ((None,), (4,), (None, [3, 2, 1, 0])):
+            speech2text.set_depth(2)
+            speech2text.set_depth(*request)
+            assert self.score(speech2text, corpus) == calibrated
+            speech2text.set_depth(2)
+            with speech2text.running(*request):
+                assert self.score(speech2text, corpus) == calibrated
+        assert self.score(load(profiled, depth_profile=None), corpus) == checkpoint
 
-    def test_of_another_checkpoint_is_refused(self, load, profiled, student):
+    def test_checkpoints_of_one_directory_do_not_meet(self, load, profiled, student):
+        shutil.copy(student / "2epoch.pth", profiled)
+        other = Speech2Text(profiled / "config.yaml", profiled / "2epoch.pth")
+        assert other.asr_model.encoder.active_layers == (0, 1, 2, 3)
+        load(profiled)
+
+    def test_of_another_checkpoint_is_not_used(self, load, profiled, student, caplog):
         shutil.copy(student / "2epoch.pth", profiled / MODEL)
+        load(profiled)
+        assert "was calibrated for other weights" in caplog.text
         with pytest.raises(UserError, match="another checkpoint"):
-            load(profiled)
-        load(profiled, depth_profile=None)
+            load(profiled, depth_profile=profile_path(profiled / MODEL))
 
     def test_missing_one_is_refused(self, load, tmp_path):
         with pytest.raises(UserError, match="no depth profile"):
             load(depth_profile=tmp_path / "none.pth")
 
-    def test_works_in_half_precision(self, load, profiled, corpus):
+    def test_works_in_half_precision(self, load, profiled):
+        name = "encoders.3.conv_module.norm"
         rounded, exact = (
-            load(profiled, depth=2, dtype=dtype).asr_model.encoder.state_dict()
+            load(profiled, depth=2, dtype=dtype).asr_model.encoder.get_submodule(name)
             for dtype in ("float16", "float32")
         )
-        names = [name for name in exact if name.endswith(("_mean", "_var"))]
-        assert names
-        for name in names:  # those of the profile, not of the checkpoint
-            torch.testing.assert_close(rounded[name], exact[name].half())
-        plain = load(profiled, depth=2, depth_profile=None).asr_model.encoder
-        assert any(
-            not torch.equal(exact[name], plain.state_dict()[name]) for name in names
-        )
+        torch.testing.assert_close(rounded.means, exact.means.half())
+
+    def test_requests_in_threads_have_their_own_depth(self, load, profiled, corpus):
+        speech2text = load(profiled)
+
+        def request(depth):
+            with speech2text.running(depth):
+                return [self.score(speech2text, corpus) for _ in range(5)]
+
+        with ThreadPoolExecutor(2) as pool:
+            found = dict(zip((2, 4), pool.map(request, (2, 4))))
+        for depth, scores in found.items():
+            speech2text.set_depth(depth)
+            assert scores == [self.score(speech2text, corpus)] * 5
 
 
 class TestESPnet:

@@ -1,5 +1,6 @@
 import copy
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -30,12 +31,18 @@ def called():
     return slots
 
 
+def end_step() -> None:
+    """Let an optimiser make a step, as it does after each batch."""
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).step()
+
+
 def steps(encoder, features, number: int) -> list[tuple[int, ...]]:
     """Return the layers of some training steps."""
     drawn = []
     for _ in range(number):
         encoder(*features)
         drawn.append(encoder.active_layers)
+        end_step()
     return drawn
 
 
@@ -79,14 +86,14 @@ class TestSetDepth:
 
     @pytest.mark.parametrize("depth", [0, -1, 5])
     def test_refuses_a_depth_that_is_not_there(self, make_encoder, depth):
-        encoder = make_encoder("ld_conformer")
+        encoder = make_encoder("ld_conformer").eval()
         with pytest.raises(UserError, match=f"depth {depth} .* 4 layers.* 1 to 4"):
             encoder.set_depth(depth)
         assert encoder.active_layers == (0, 1, 2, 3)
 
     @pytest.mark.parametrize("layers", [[], [4], [-1], [1, 1]])
     def test_refuses_layers_that_are_not_there(self, make_encoder, layers):
-        encoder = make_encoder("ld_conformer")
+        encoder = make_encoder("ld_conformer").eval()
         with pytest.raises(UserError) as refusal:
             encoder.set_depth(layers=layers)
         assert f"layers {layers} are impossible" in str(refusal.value)
@@ -130,7 +137,48 @@ class TestTraining:
             for slot, layer in enumerate(encoder.encoders._modules.values()):
                 learns = any(p.grad is not None for p in layer.parameters())
                 assert learns == (slot in encoder.active_layers)
+            end_step()
         assert len(numbers) > 1
+
+    def test_layers_are_drawn_once_per_optimiser_step(
+        self, make_encoder, features, called
+    ):
+        """Not once per forward: gradients of a step may be accumulated."""
+        encoder = make_encoder("ld_conformer", 8).train()
+        drawn = []
+        for _ in range(6):
+            forwards = [called(encoder, *features) for _ in range(3)]
+            assert forwards == forwards[:1] * 3
+            drawn.append(tuple(forwards[0]))
+            end_step()
+        assert len(set(drawn)) > 1
+
+    def test_running_decides_in_training_and_evaluation(
+        self, make_encoder, features, called
+    ):
+        encoder = make_encoder("ld_conformer", 6).train()
+        for mode in (True, False):
+            encoder.train(mode)
+            before = encoder.active_layers
+            with encoder.running([4, 1]):
+                assert called(encoder, *features) == [1, 4]
+                with encoder.running([5]):  # one request within another
+                    assert called(encoder, *features) == [5]
+                assert called(encoder, *features) == [1, 4]
+            assert encoder.active_layers == before
+        with pytest.raises(UserError, match="layers .6. are impossible"):
+            encoder.running([6])
+        with pytest.raises(ZeroDivisionError):
+            with encoder.running([0]):
+                1 / 0
+        assert encoder.active_layers == tuple(range(6))
+
+    def test_running_is_of_one_encoder_and_one_thread(self, make_encoder):
+        encoder, other = (make_encoder("ld_conformer").eval() for _ in range(2))
+        with encoder.running([0]), ThreadPoolExecutor(1) as pool:
+            assert other.active_layers == (0, 1, 2, 3)
+            elsewhere = pool.submit(lambda: encoder.active_layers).result()
+        assert elsewhere == (0, 1, 2, 3)
 
     def test_full_runs_all(self, make_encoder, features, called):
         encoder = make_encoder("ld_conformer", depth_sampler="full").train()
@@ -194,7 +242,7 @@ class TestSeed:
         encoder = make_encoder("ld_conformer", 8)
         start_epoch(encoder, 1)
         states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1]
-        encoder.encoders.draw()
+        encoder.encoders.layers_of_step()
         assert random.getstate() == states[0]
         assert torch.equal(torch.get_rng_state(), states[1])
         assert np.array_equal(np.random.get_state()[1], states[2])
@@ -346,7 +394,7 @@ class TestGatedModuleList:
         drawn = set()
         gated.train()
         for _ in range(20):
-            layers.draw()
+            end_step()
             calls.clear()
             gated.zero_grad()
             gated(self.speech).last_hidden_state.square().sum().backward()

@@ -1,204 +1,210 @@
-import numpy as np
+import logging
+
 import pytest
 import torch
 
 from dldkit.depth.profile import (
     CalibratedDepth,
     DepthProfile,
-    batch_norms,
-    calibrate,
+    find_profile,
     fingerprint,
+    profile_path,
 )
+from dldkit.depth.statistics import batch_norms, estimate
 from dldkit.errors import UserError
 
 
 @pytest.fixture
-def encoder(make_encoder, features):
-    """A Conformer whose running statistics come from training at random depths."""
-    encoder = make_encoder("ld_conformer").train()
-    for _ in range(5):
-        encoder(*features)
-    return encoder.eval()
+def encoder(make_encoder):
+    return make_encoder("ld_conformer").eval()
 
 
 @pytest.fixture
-def unpadded():
-    """Batches without padding, of different lengths."""
-    generator = torch.Generator().manual_seed(2)
-    return [
-        (2 + torch.randn(n, time, 20, generator=generator), torch.full((n,), time))
-        for n, time in ((3, 40), (1, 61), (2, 75))
+def calibrated(encoder):
+    """Return a function that calibrates a choice of layers on noise."""
+    noise = torch.randn(3, 40, 20, generator=torch.Generator().manual_seed(2))
+    batch = (noise, torch.full((3,), 40))
+
+    def calibrate(layers, **about):
+        statistics = estimate(encoder, layers, [batch], lambda b: encoder(*b))
+        return CalibratedDepth(layers, statistics, **about)
+
+    return calibrate
+
+
+@pytest.fixture
+def profile(encoder, calibrated):
+    depths = [
+        calibrated((0, 1, 2, 3), selector="even"),
+        calibrated((0, 3), selector="even", made_from={"seed": 1}, ctc_loss=(2.0, 1.5)),
     ]
-
-
-def direct_statistics(encoder, layers, batches):
-    """Collect all BatchNorm inputs with hooks and reduce them in numpy."""
-    inputs: dict[str, list[np.ndarray]] = {}
-    hooks = []
-    for name, norm in batch_norms(encoder).items():
-        norm.train()  # normalises by the statistics of the batch ...
-        norm.momentum = 0.0  # ... and keeps its running ones
-        hooks.append(
-            norm.register_forward_pre_hook(
-                lambda _, x, name=name: inputs.setdefault(name, []).append(x[0].numpy())
-            )
-        )
-    encoder.set_depth(layers=layers)
-    with torch.no_grad():
-        for batch in batches:
-            encoder(*batch)
-    for hook in hooks:
-        hook.remove()
-    encoder.eval()
-    frames = {
-        name: np.concatenate([x.transpose(0, 2, 1).reshape(-1, 8) for x in xs]).astype(
-            np.float64
-        )
-        for name, xs in inputs.items()
-    }
-    return {name: (x.mean(0), x.var(0, ddof=1)) for name, x in frames.items()}
-
-
-@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (0, 3), (2,)])
-def test_calibrate_against_a_direct_computation(encoder, unpadded, layers):
-    calibrated = calibrate(encoder, layers, unpadded, lambda batch: encoder(*batch))
-    assert calibrated.layers == layers
-    expected = direct_statistics(encoder, layers, unpadded)
-    slots = {int(name.split(".")[1]) for name in calibrated.statistics}
-    assert slots == set(layers)  # nothing is known about layers that did not run
-    assert calibrated.statistics.keys() == expected.keys()
-    for name, (mean, variance) in expected.items():
-        assert np.allclose(calibrated.statistics[name][0], mean, atol=1e-6)
-        assert np.allclose(calibrated.statistics[name][1], variance, rtol=1e-5)
-
-
-def test_calibrate_does_not_depend_on_batches_where_frames_are_alike(encoder):
-    """All frames count alike: not batch by batch, as running averages do."""
-    x = torch.randn(1, 40, 20, generator=torch.Generator().manual_seed(0))
-    one, forward = (x, torch.tensor([40])), lambda batch: encoder(*batch)
-    twice = (x.repeat(2, 1, 1), torch.tensor([40, 40]))
-    a = calibrate(encoder, (0,), [one], forward).statistics
-    b = calibrate(encoder, (0,), [twice, one], forward).statistics
-    for name in a:
-        frames = 40 // 4 - 1
-        assert torch.allclose(a[name][0], b[name][0], atol=1e-5)
-        unbiased = (frames - 1) / frames * (3 * frames) / (3 * frames - 1)
-        assert torch.allclose(a[name][1] * unbiased, b[name][1], rtol=1e-4)
-
-
-def test_calibrate_leaves_the_encoder_as_it_was(encoder, unpadded):
-    before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    calibrate(encoder, (0, 2), unpadded, lambda batch: encoder(*batch))
-    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-    assert not any(module.training for module in encoder.modules())
-    assert all(norm.track_running_stats for norm in batch_norms(encoder).values())
-    assert not any(norm._forward_pre_hooks for norm in batch_norms(encoder).values())
-
-
-@pytest.fixture
-def profile(encoder, unpadded, tmp_path):
-    """The file of a profile of depths 4 and 2."""
-    depths = {
-        len(layers): calibrate(encoder, layers, unpadded, lambda b: encoder(*b))
-        for layers in ((0, 1, 2, 3), (0, 2))
-    }
-    encoder.set_depth()
-    path = tmp_path / "depth_profile.pth"
-    DepthProfile(depths, fingerprint(encoder.state_dict())).save(path)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    return path
-
-
-def statistics(encoder):
-    return {
-        name: (norm.running_mean.clone(), norm.running_var.clone())
-        for name, norm in batch_norms(encoder).items()
-    }
+    return DepthProfile(depths, fingerprint(encoder.state_dict()))
 
 
 def same(a, b):
+    assert a.keys() == b.keys()
     return all(torch.equal(x, y) for n in b for x, y in zip(a[n], b[n]))
 
 
-def test_set_depth_applies_layers_and_statistics(encoder, profile):
-    calibrated = DepthProfile.load(profile).depths
-    trained = statistics(encoder)
-    encoder.load_depth_profile(profile)
-    for depth in (2, 4, 2):
-        encoder.set_depth(depth)
-        assert encoder.active_layers == calibrated[depth].layers
-        assert same(statistics(encoder), calibrated[depth].statistics)
-    # layers 1 and 3 were not calibrated for depth 2: they keep the checkpoint's
-    for name in trained:
-        if name.split(".")[1] in "13":
-            assert same(statistics(encoder), {name: trained[name]})
+class TestFile:
+    def test_what_is_saved_is_loaded(self, profile, tmp_path):
+        profile.save(tmp_path / "a.profile.pth")
+        assert [path.name for path in tmp_path.iterdir()] == ["a.profile.pth"]
+        loaded = DepthProfile.load(tmp_path / "a.profile.pth")
+        assert loaded.checkpoint == profile.checkpoint
+        assert list(loaded.depths) == [(0, 1, 2, 3), (0, 3)]
+        for layers, depth in profile.depths.items():
+            found = loaded.depths[layers]
+            assert same(found.statistics, depth.statistics)
+            assert (found.selector, found.made_from) == ("even", depth.made_from)
+        assert loaded.depths[(0, 3)].ctc_loss == (2.0, 1.5)
+
+    def test_the_first_versions_file_is_read(self, profile, tmp_path):
+        old = {
+            "checkpoint": profile.checkpoint,
+            "depths": {
+                len(layers): {"layers": list(layers), "statistics": depth.statistics}
+                for layers, depth in profile.depths.items()
+            },
+        }
+        torch.save(old, tmp_path / "depth_profile.pth")
+        loaded = DepthProfile.load(tmp_path / "depth_profile.pth")
+        assert list(loaded.depths) == [(0, 1, 2, 3), (0, 3)]
+        for layers, depth in profile.depths.items():
+            assert same(loaded.depths[layers].statistics, depth.statistics)
+
+    def test_refuses_what_is_no_profile(self, tmp_path):
+        with pytest.raises(UserError, match="no depth profile .*dldkit.bin.calibrate"):
+            DepthProfile.load(tmp_path / "missing.pth")
+        torch.save({"some": "thing"}, tmp_path / "other.pth")
+        (tmp_path / "text.pth").write_text("hello")
+        for name in ("other.pth", "text.pth"):
+            with pytest.raises(UserError, match=f"{name} is no depth profile"):
+                DepthProfile.load(tmp_path / name)
+
+    def test_a_killed_save_leaves_the_old_one(self, profile, tmp_path, monkeypatch):
+        profile.save(tmp_path / "p.pth")
+
+        def killed(states, path):
+            path.write_bytes(b"half a fi")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torch, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            DepthProfile([], "other").save(tmp_path / "p.pth")
+        assert DepthProfile.load(tmp_path / "p.pth").checkpoint == profile.checkpoint
 
 
-def test_the_same_layers_by_name_are_calibrated_as_well(encoder, profile):
-    encoder.load_depth_profile(profile)
-    encoder.set_depth(layers=[2, 0])
-    assert same(statistics(encoder), DepthProfile.load(profile).depths[2].statistics)
+class TestFind:
+    """Which file belongs to a checkpoint."""
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        (tmp_path / "valid.loss.ave_2best.pth").touch()
+        link = tmp_path / "valid.loss.ave.pth"
+        link.symlink_to("valid.loss.ave_2best.pth")
+        return link
+
+    def test_is_named_after_the_file_that_the_link_means(self, checkpoint, tmp_path):
+        path = tmp_path / "valid.loss.ave_2best.profile.pth"
+        assert profile_path(checkpoint) == path
+        assert profile_path(tmp_path / "valid.loss.ave_2best.pth") == path
+        outside = tmp_path / "linked.pth"  # to a directory that may be another one's
+        outside.symlink_to(tmp_path / "elsewhere" / "model.pth")
+        assert profile_path(outside) == tmp_path / "linked.profile.pth"
+
+    def test_checkpoints_of_a_directory_have_one_each(
+        self, checkpoint, encoder, profile, make_encoder, tmp_path
+    ):
+        other = make_encoder("ld_conformer", seed=1).state_dict()
+        profile.save(profile_path(checkpoint))
+        DepthProfile([], fingerprint(other)).save(tmp_path / "3epoch.profile.pth")
+        states = encoder.state_dict()
+        assert find_profile(checkpoint, states) == profile_path(checkpoint)
+        found = find_profile(tmp_path / "3epoch.pth", other)
+        assert found == tmp_path / "3epoch.profile.pth"
+        assert find_profile(tmp_path / "9epoch.pth", {"w": torch.ones(1)}) is None
+
+    def test_in_a_copy_whose_links_became_files(self, encoder, profile, tmp_path):
+        profile.save(tmp_path / "valid.loss.ave_2best.profile.pth")
+        found = find_profile(tmp_path / "valid.loss.ave.pth", encoder.state_dict())
+        assert found == tmp_path / "valid.loss.ave_2best.profile.pth"
+
+    def test_the_first_versions_is_found(self, checkpoint, encoder, profile, tmp_path):
+        profile.save(tmp_path / "depth_profile.pth")
+        found = find_profile(checkpoint, encoder.state_dict())
+        assert found == tmp_path / "depth_profile.pth"
+
+    def test_stale_one_is_not_used_and_says_how_to_make_another(
+        self, checkpoint, profile, make_encoder, caplog
+    ):
+        profile.save(profile_path(checkpoint))
+        other = make_encoder("ld_conformer", seed=1).state_dict()
+        assert find_profile(checkpoint, other) is None
+        assert f"calibrate --asr_model_file {checkpoint}" in caplog.text
 
 
-@pytest.mark.parametrize("request_", [dict(depth=3), dict(layers=[1, 3]), {}])
-def test_other_layers_run_with_the_checkpoints_statistics(encoder, profile, request_):
-    trained = statistics(encoder)
-    encoder.load_depth_profile(profile)
-    encoder.set_depth(2)
-    encoder.set_depth(**request_)
-    assert same(statistics(encoder), trained)
+class TestEncoder:
+    """An encoder with a profile."""
 
+    @pytest.fixture
+    def path(self, profile, tmp_path):
+        profile.save(tmp_path / "p.pth")
+        return tmp_path / "p.pth"
 
-def test_full_depth_is_unchanged_once_the_profile_is_gone(encoder, profile, features):
-    before = encoder(*features)[0]
-    encoder.load_depth_profile(profile)
-    encoder.set_depth(4)
-    assert not torch.equal(encoder(*features)[0], before)
-    encoder.set_depth()
-    assert torch.equal(encoder(*features)[0], before)
-    encoder.set_depth(4)
-    encoder.detach_depth_profile()
-    assert torch.equal(encoder(*features)[0], before)
-    encoder.set_depth(4)
-    assert torch.equal(encoder(*features)[0], before)
+    def test_a_depth_means_the_layers_that_were_calibrated(self, encoder, calibrated):
+        profile = DepthProfile([calibrated((0, 1)), calibrated((1, 2))], "")
+        encoder.attach_depth_profile(profile)
+        encoder.set_depth(2)
+        assert encoder.active_layers == (1, 2)  # the last one
+        encoder.set_depth(2, selector="prefix")
+        assert encoder.active_layers == (0, 1)
+        profile.add(calibrated((0, 3)))
+        profile.add(calibrated((1, 2)))
+        encoder.set_depth(2)
+        assert encoder.active_layers == (0, 3)  # what the encoder itself would choose
 
+    def test_a_selector_is_never_overridden(self, encoder, path, caplog):
+        encoder.load_depth_profile(path)
+        encoder.set_depth(2, selector="prefix")
+        assert encoder.active_layers == (0, 1)
+        assert "(0, 1) are not in the depth profile" in caplog.text
 
-def test_loading_a_second_profile_keeps_the_checkpoints_statistics(encoder, profile):
-    trained = statistics(encoder)
-    encoder.load_depth_profile(profile)
-    encoder.set_depth(2)
-    encoder.load_depth_profile(profile)
-    encoder.set_depth()
-    assert same(statistics(encoder), trained)
+    def test_what_is_not_in_it_is_warned_of_once(self, encoder, path, caplog):
+        encoder.load_depth_profile(path)
+        for _ in range(2):
+            for depth in (4, 2, None):
+                encoder.set_depth(depth)
+            assert not caplog.records
+        encoder.set_depth(3)
+        encoder.set_depth(3)
+        assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
+    def test_a_static_model_at_full_depth_needs_none(
+        self, make_encoder, calibrated, caplog
+    ):
+        static = make_encoder("ld_conformer", depth_sampler="full")
+        static.attach_depth_profile(DepthProfile([calibrated((0, 3))], ""))
+        caplog.clear()
+        static.set_depth()
+        assert not caplog.records
 
-def test_state_dict_has_no_trace_of_a_profile(encoder, profile):
-    keys = list(encoder.state_dict())
-    encoder.load_depth_profile(profile)
-    assert list(encoder.state_dict()) == keys
+    def test_refuses_the_profile_of_another_checkpoint(self, encoder, path):
+        with torch.no_grad():
+            encoder.encoders[0].feed_forward.w_1.weight[0, 0] += 1e-3
+        with pytest.raises(UserError, match=f"{path} .* another checkpoint"):
+            encoder.load_depth_profile(path)
+        encoder.set_depth(2)  # goes on without one
 
-
-def test_refuses_the_profile_of_another_checkpoint(encoder, profile):
-    trained = statistics(encoder)
-    with torch.no_grad():
-        encoder.encoders[0].feed_forward.w_1.weight[0, 0] += 1e-3
-    with pytest.raises(UserError, match=f"{profile} .* another checkpoint"):
-        encoder.load_depth_profile(profile)
-    assert same(statistics(encoder), trained)
-    encoder.set_depth(2)  # goes on without one
-    assert same(statistics(encoder), trained)
-
-
-def test_rounded_weights_are_known_by_those_of_the_checkpoint(encoder, profile):
-    checkpoint = fingerprint(encoder.state_dict())
-    encoder.half()
-    with pytest.raises(UserError, match="another checkpoint"):
-        encoder.load_depth_profile(profile)
-    encoder.load_depth_profile(profile, checkpoint)
-    encoder.set_depth(2)
-    norms = DepthProfile.load(profile).depths[2].statistics
-    for name, (mean, _) in norms.items():
-        assert torch.equal(statistics(encoder)[name][0], mean.half())
+    def test_rounded_weights_are_known_by_those_of_the_checkpoint(self, encoder, path):
+        checkpoint = fingerprint(encoder.state_dict())
+        encoder.half()
+        with pytest.raises(UserError, match="another checkpoint"):
+            encoder.load_depth_profile(path)
+        encoder.load_depth_profile(path, checkpoint)
+        assert batch_norms(encoder)["encoders.0.conv_module.norm"].means.dtype == (
+            torch.float16
+        )
 
 
 def test_fingerprint_is_of_the_weights(encoder, make_encoder):
@@ -209,31 +215,3 @@ def test_fingerprint_is_of_the_weights(encoder, make_encoder):
     copy = make_encoder("ld_conformer", seed=1)
     copy.load_state_dict(encoder.state_dict())
     assert fingerprint(copy.state_dict()) == print_
-
-
-def test_refuses_what_is_no_profile(tmp_path):
-    with pytest.raises(UserError, match="no depth profile .*dldkit.bin.calibrate"):
-        DepthProfile.load(tmp_path / "missing.pth")
-    torch.save({"some": "thing"}, tmp_path / "other.pth")
-    (tmp_path / "text.pth").write_text("hello")
-    for name in ("other.pth", "text.pth"):
-        with pytest.raises(UserError, match=f"{name} is no depth profile"):
-            DepthProfile.load(tmp_path / name)
-
-
-def test_a_killed_save_leaves_the_old_profile(encoder, profile, monkeypatch):
-    def killed(states, path):
-        path.write_bytes(b"half a fi")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", killed)
-    other = DepthProfile({1: CalibratedDepth((0,), {})}, "other")
-    with pytest.raises(KeyboardInterrupt):
-        other.save(profile)
-    assert set(DepthProfile.load(profile).depths) == {2, 4}
-
-
-def test_an_encoder_without_batch_norm_has_nothing_to_calibrate(make_encoder):
-    assert batch_norms(make_encoder("ld_conformer"))
-    for name in ("transformer", "branchformer", "e_branchformer"):
-        assert not batch_norms(make_encoder(f"ld_{name}"))
