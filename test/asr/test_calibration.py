@@ -292,7 +292,9 @@ class TestProfile:
     def test_other_weights_make_it_anew(self, model, unlabelled):
         before = calibrate(model, unlabelled)
         states = torch.load(model, weights_only=True)
-        name = next(n for n in states if n.startswith("encoder.encoders.0.feed"))
+        name = next(
+            n for n in states if n.startswith("encoder.encoders.0.feed_forward_macaron")
+        )
         states[name] *= torch.linspace(0, 2, states[name].size(-1))
         torch.save(states, model)
         after = calibrate(model, unlabelled, depths=[2])

@@ -172,6 +172,7 @@ class TestLoss:
 class TestStats:
     def test_carry_the_losses_and_the_depth(self, student_of, static, batch):
         student = student_of(static, encoder_conf=dict(depth_sampler="uniform"))
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
         depths = set()
         for _ in range(8):
             _, stats, weight = student.train()(**batch("a", "c"))
@@ -179,6 +180,7 @@ class TestStats:
             assert set(stats) >= {"loss", "loss_ctc", "loss_kd", "depth"}
             depths.add(stats["depth"].item())
             assert weight.item() == 2
+            optimizer.step()
         assert len(depths) > 1
         student.eval()
         student.encoder.set_depth(3)
@@ -195,6 +197,97 @@ class TestStats:
         model = build(model="dld", model_conf=dict(reference=str(static)))
         stats = model(**batch("a", "c"))[1]
         assert "depth" not in stats and stats["loss_kd"] > 0
+
+
+class TestValidation:
+    """Validation computes the loss at several depths."""
+
+    @torch.no_grad()
+    def losses(self, model, batch, layers):
+        """CTC's loss per utterance of a model that only has these layers."""
+        shallow = copy.deepcopy(model)
+        shallow.encoder.set_depth(layers=layers)
+        encoded, lengths = shallow.encode(batch["speech"], batch["speech_lengths"])
+        return torch.nn.functional.ctc_loss(
+            shallow.ctc.ctc_lo(encoded).log_softmax(-1).transpose(0, 1),
+            batch["text"],
+            lengths,
+            batch["text_lengths"],
+            reduction="sum",
+        ).item() / len(lengths)
+
+    def test_losses_are_those_of_the_depths(self, student_of, static, batch):
+        student = student_of(static, dict(valid_depths=[4, 3, 1])).eval()
+        with torch.no_grad():
+            stats = student(**batch("a", "c", "f"))[1]
+        choices = {4: (0, 1, 2, 3), 3: (0, 2, 3), 1: (0,)}
+        expected = {
+            depth: self.losses(student, batch("a", "c", "f"), layers)
+            for depth, layers in choices.items()
+        }
+        assert len(set(expected.values())) == 3
+        for depth, loss in expected.items():
+            assert stats[f"loss_ctc_depth{depth}"].item() == pytest.approx(loss, 1e-4)
+        mean = np.mean(list(expected.values()))
+        assert stats["loss_ctc_depths"].item() == pytest.approx(mean, rel=1e-4)
+        full = stats["loss_ctc"].item()
+        assert stats["loss_ctc_depth4"].item() == pytest.approx(full, rel=1e-5)
+
+    def names(self, stats):
+        return {name for name in stats if name.startswith("loss_ctc_depth")}
+
+    def test_default_is_full_and_half(self, student_of, batch):
+        names = {"loss_ctc_depth4", "loss_ctc_depth2", "loss_ctc_depths"}
+        student = student_of()
+        assert not self.names(student.train()(**batch("a"))[1])
+        assert self.names(student.eval()(**batch("a"))[1]) == names
+
+    def test_static_models_have_one_depth(self, student_of, build, batch):
+        assert not self.names(student_of(None, **STILL).eval()(**batch("a"))[1])
+        fixed = build(model="dld")
+        assert not self.names(fixed.eval()(**batch("a"))[1])
+
+    def test_depths_of_early_exit_are_its_exits(self, student_of, batch):
+        encoder = dict(interctc_layer_idx=[2], **STILL["encoder_conf"])
+        model = dict(interctc_weight=0.5)
+        student = student_of(None, model, specaug=None, encoder_conf=encoder).eval()
+        with torch.no_grad():
+            stats = student(**batch("a", "c"))[1]
+        exit_ = stats["loss_interctc_layer2"].item()
+        assert stats["loss_ctc_depth2"].item() == pytest.approx(exit_, rel=1e-4)
+
+    def test_refuses_depths_that_are_not_there(self, student_of, build):
+        with pytest.raises(UserError, match="depth 5 .* 4 layers"):
+            student_of(None, dict(valid_depths=[5]))
+        with pytest.raises(UserError, match="ConformerEncoder has no run-time depth"):
+            build(model="dld", model_conf=dict(valid_depths=[2]))
+
+    def test_best_model_may_be_that_of_their_mean(self, corpus, python, tmp_path):
+        """Every depth has a curve, and the n-best models follow the mean."""
+        criterion = [["valid", "loss_ctc_depths", "min"]]
+        python(
+            *("-m", "dldkit.bin.asr_train"),
+            *corpus.training(
+                tmp_path / "exp",
+                encoder="ld_conformer",
+                model="dld",
+                model_conf=dict(valid_depths=[4, 2, 1]),
+                best_model_criterion=criterion,
+                keep_nbest_models=1,
+                use_matplotlib=True,
+            ),
+        )
+        states = torch.load(tmp_path / "exp" / "checkpoint.pth", weights_only=False)
+        epochs = states["reporter"]["stats"]
+        means = {}
+        for epoch, stats in epochs.items():
+            valid = stats["valid"]
+            depths = [valid[f"loss_ctc_depth{depth}"] for depth in (4, 2, 1)]
+            means[epoch] = float(valid["loss_ctc_depths"])
+            assert means[epoch] == pytest.approx(np.mean(depths), rel=1e-4)
+        best = (tmp_path / "exp" / "valid.loss_ctc_depths.best.pth").resolve()
+        assert best.name == f"{min(means, key=means.get)}epoch.pth"
+        assert (tmp_path / "exp" / "images" / "loss_ctc_depth2.png").is_file()
 
 
 class TestReferenceStaysOutside:
