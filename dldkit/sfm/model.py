@@ -119,8 +119,6 @@ class SFMDistillModel(AbsESPnetModel):
             crop_starts,
             **({"features": features} if self._shares_cnn else {}),
         )
-        if self.training:
-            self.student.encoder.layers.draw()
         lengths = frame_lengths(self.student, speech_lengths)
         states = hidden_states(self.student, features, lengths)
         states, targets, lengths = trim(states, lengths, targets, target_lengths)
