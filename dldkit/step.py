@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -246,11 +247,16 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            if self._is_ours():
+            holder = self._holder()
+            if holder.get("token") == self.token:
                 os.utime(self.path)
+            elif not holder:  # removed by mistake
+                self._create()
             else:
-                logging.error(f"{self.path} was taken over, or removed, by another")
-                return
+                # This machine slept, or could not reach the disk, for so long that
+                # another one took over. Two must not write here.
+                logging.error(f"{self.path} was taken over by {_name(holder)}: stop")
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _break(self, stale: dict) -> None:
         """Remove a stale lock; of several who want to, one does."""

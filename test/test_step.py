@@ -174,6 +174,16 @@ def test_lock_of_another_machine_is_stale_without_heartbeat(quick, holder, tmp_p
         assert time.monotonic() - begun > 2
 
 
+def test_who_lost_the_lock_stops(holder, tmp_path):
+    process = holder()
+    (tmp_path / ".lock").unlink()
+    time.sleep(1)  # it was removed by mistake: it is put back
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == process.pid
+    other = json.loads((tmp_path / ".lock").read_text()) | {"token": "of another one"}
+    (tmp_path / ".lock").write_text(json.dumps(other))
+    assert process.wait(10) == -signal.SIGTERM
+
+
 def test_of_many_waiting_processes_one_holds_it_at_a_time(tmp_path):
     """Each adds one to a number, which loses counts when two do so at once."""
     work = textwrap.dedent("""
