@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -249,7 +249,8 @@ class Lock:
         while not self._stop.wait(HEARTBEAT):
             holder = self._holder()
             if holder.get("token") == self.token:
-                os.utime(self.path)
+                with suppress(OSError):  # a disk that is away for a moment
+                    os.utime(self.path)
             elif not holder:  # removed by mistake
                 self._create()
             else:
