@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -66,10 +66,13 @@ class Step:
         files: the input, by a name that stays the same wherever the files lie.
         keep: whether what is there stays when the input has changed; if not, the step
             begins with an empty directory.
+        bound_by: a file that, once it is there, binds the directory to its input
+            files: options may change, but they may not.
         options: what else decides the result; anything that JSON can hold.
 
     Raises:
-        UserError: an input is missing, or the directory holds files that no step wrote.
+        UserError: an input is missing, the directory holds files that no step wrote,
+            or it is bound to other input files.
     """
 
     def __init__(
@@ -77,9 +80,11 @@ class Step:
         directory: PathLike,
         files: Mapping[str, PathLike],
         keep: bool = False,
+        bound_by: str | None = None,
         **options,
     ):
         self.directory, self.keep = Path(directory), keep
+        self.bound_by = bound_by
         digests = {name: digest(path) for name, path in files.items()}
         # what is compared is what was read back: no tuples, no integers as keys
         text = json.dumps({"options": options, "files": digests}, default=str)
@@ -98,16 +103,18 @@ class Step:
         except (OSError, ValueError):
             return None
 
-    def changes(self) -> list[str]:
-        """Return the options and files that differ from those of before, by name."""
+    def changes(self, kind: str) -> list[str]:
+        """Say which `options`, or `files`, differ from those of before, and how."""
         before = self.read(".part") or self.read(".done")
-        if before is None:
+        if not isinstance(before, dict) or kind not in before:
             return []
-        names = []
-        for kind in ("options", "files"):
-            old, new = before.get(kind, {}), self.description[kind]
-            names += [n for n in sorted({*old, *new}) if old.get(n) != new.get(n)]
-        return names
+        old, new = before[kind], self.description[kind]
+        names = [
+            name for name in sorted({*old, *new}) if old.get(name) != new.get(name)
+        ]
+        if kind == "files":
+            return names
+        return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
 
     def __enter__(self) -> "Step":
         _refuse_file(self.directory)
@@ -131,8 +138,14 @@ class Step:
     def _start(self) -> None:
         done, part = self.directory / ".done", self.directory / ".part"
         if self.read(".part") != self.description:
-            if self.changes():
-                logging.info(f"{self.directory}: changed are {_few(self.changes())}")
+            files, options = self.changes("files"), self.changes("options")
+            if files and self.bound_by and (self.directory / self.bound_by).exists():
+                raise UserError(
+                    f"{self.directory} was begun with other files: {_few(files)}. "
+                    "Remove it, or choose another directory"
+                )
+            if files or options:
+                logging.warning(f"{self.directory}: changed: {_few(files + options)}")
             if not self.keep:
                 self._clear(known=done.is_file() or part.is_file())
             text = json.dumps(self.description, indent=1, sort_keys=True)
@@ -155,8 +168,7 @@ class Step:
                 path.unlink()
 
 
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
+def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 

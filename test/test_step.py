@@ -102,9 +102,31 @@ def test_kept_directory_says_what_changed(tmp_path):
         (tmp_path / "exp" / "model").touch()
     source.write_text("2")
     again = Step(tmp_path / "exp", {"wav.scp": source}, keep=True, epochs=2)
-    assert again.changes() == ["epochs", "wav.scp"]
+    assert again.changes("options") == ["epochs: 1 -> 2"]
+    assert again.changes("files") == ["wav.scp"]
     with again:
         assert not again.done and (tmp_path / "exp" / "model").exists()
+
+
+def test_bound_directory_takes_other_options_but_no_other_files(tmp_path):
+    source, exp = tmp_path / "scp", tmp_path / "exp"
+
+    def train(**options):
+        step_ = Step(exp, {"wav.scp": source}, keep=True, bound_by="model", **options)
+        with step_:
+            return step_.done
+
+    source.write_text("1")
+    train(epochs=1)
+    source.write_text("2")
+    train(epochs=1)  # there was nothing to lose yet
+    (exp / "model").touch()
+    assert not train(epochs=2)
+    assert train(epochs=2)
+    source.write_text("3")
+    with pytest.raises(UserError, match="exp was begun with other files: wav.scp"):
+        train(epochs=2)
+    assert not (exp / ".lock").exists()
 
 
 def test_directory_of_strangers_is_refused_and_untouched(tmp_path):

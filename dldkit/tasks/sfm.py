@@ -100,8 +100,8 @@ class SFMDistillTask(TrainerChoice, AbsTask):
             raise UserError(f"model_conf: {error}") from error
 
     @classmethod
-    def main_worker(cls, args: argparse.Namespace) -> None:
-        """Train, once it is clear that speech and teacher have one sampling rate."""
+    def check_data(cls, args: argparse.Namespace) -> None:
+        """Refuse speech that has another sampling rate than the teacher's."""
         rate = teacher_info(_teacher(args.model_conf)).sampling_rate
         for path, *_ in (
             args.train_data_path_and_name_and_type
@@ -120,7 +120,6 @@ class SFMDistillTask(TrainerChoice, AbsTask):
                     f"{path}: utterance {utt} has {found} Hz, but the teacher takes "
                     f"{rate} Hz: format the data with --fs {rate} (stage 3)"
                 )
-        super().main_worker(args)
 
 
 def _teacher(model_conf: dict[str, Any]) -> str:

@@ -1,11 +1,14 @@
 """The trainers that a config may name, for every task of the package."""
 
 import argparse
+from typing import Optional, Sequence
 
+import yaml
 from espnet2.train.class_choices import ClassChoices
 from espnet2.train.trainer import Trainer
 
 from dldkit.errors import UserError
+from dldkit.train.experiment import experiment
 from dldkit.train.stacking import StackingTrainer
 from dldkit.train.trainer import ResumableTrainer
 
@@ -25,6 +28,31 @@ class TrainerChoice:
     """Mixin of a task that has `trainer_choices` in its `class_choices_list`."""
 
     @classmethod
+    def main(
+        cls,
+        args: Optional[argparse.Namespace] = None,
+        cmd: Optional[Sequence[str]] = None,
+    ) -> None:
+        """Train, or collect statistics, unless that was done before.
+
+        Raises:
+            UserError: for a config that can not be read; see `experiment`.
+        """
+        if args is None:
+            try:
+                args = cls.get_parser().parse_args(cmd)
+            except yaml.YAMLError as error:
+                where = " ".join(str(error).split())
+                raise UserError(f"--config is no YAML file: {where}") from None
+        if args.print_config or args.output_dir is None:
+            super().main(args)  # which says what is missing
+            return
+        cls.check_data(args)
+        with experiment(args) as is_to_be_done:
+            if is_to_be_done:
+                super().main(args)
+
+    @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:
         """Train with the trainer that `args` name.
 
@@ -36,4 +64,9 @@ class TrainerChoice:
                 f"trainer: {args.trainer} takes no trainer_conf, but got "
                 f"{args.trainer_conf}: set trainer: stacking, or remove it"
             )
+        cls.check_data(args)
         super().main_worker(args)
+
+    @classmethod
+    def check_data(cls, args: argparse.Namespace) -> None:
+        """Refuse data that do not fit, on all ranks; for tasks to define."""

@@ -497,6 +497,7 @@ class TestGrownStudent:
         directory = tmp_path / "exp"
         shutil.copytree(grown, directory, symlinks=True)
         before = (directory / "checkpoint.pth").read_bytes()
+        (directory / ".done").unlink()  # as if it were killed at the very end
         with caplog.at_level(logging.INFO):
             main(growing(directory))
         assert "Stacking (stack): depths [1, 2, 4]" in caplog.text

@@ -1,0 +1,114 @@
+"""Files that a model's config names, kept beside it so that they travel together.
+
+ESPnet's config names them relative to the directory where training was started, and
+resolves them against the one where inference is. Here, an experiment directory has
+copies under bare names, which are looked up beside config.yaml. ESPnet's `unpack`
+rewrites bare names to where they are, so that a packed zip works without dldkit's help.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+
+from dldkit.errors import UserError
+from dldkit.step import atomic
+
+PathLike = Union[str, Path]
+
+BARE_NAMES = {
+    "normalize_conf.stats_file": "feats_stats.npz",
+    "bpemodel": "bpe.model",
+    "token_list": "tokens.txt",
+    "non_linguistic_symbols": "nlsyms.txt",
+}
+
+
+def named_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the files that a config names, by their key in it."""
+    found = {}
+    for key in BARE_NAMES:
+        section, _, name = key.rpartition(".")
+        value = (config.get(section) or {} if section else config).get(name)
+        if value is not None and isinstance(value, (str, Path)):
+            found[key] = str(value)
+    return found
+
+
+def _set(config: dict[str, Any], key: str, value: str) -> None:
+    section, _, name = key.rpartition(".")
+    if section:
+        config[section] = {**config[section], name: value}
+    else:
+        config[name] = value
+
+
+def copy_files(args: argparse.Namespace) -> None:
+    """Copy the files that `args` name into `args.output_dir`, and name the copies.
+
+    A copy that is there already serves where the original is gone.
+    """
+    for key, path in named_files(vars(args)).items():
+        copy = Path(args.output_dir, BARE_NAMES[key])
+        if Path(path).is_file() or not copy.is_file():
+            with atomic(copy) as part:
+                shutil.copyfile(path, part)
+        _set(vars(args), key, copy.name)
+
+
+def resolve(config: Mapping[str, Any], directory: PathLike) -> dict[str, Any]:
+    """Return the config with its files found: in `directory` first if bare names.
+
+    Raises:
+        UserError: naming a file that is not there.
+    """
+    directory, resolved = Path(directory), dict(config)
+    for key, path in named_files(config).items():
+        beside = directory / Path(path).name
+        bare = path == Path(path).name
+        if beside.is_file() and (bare or not Path(path).is_file()):
+            _set(resolved, key, str(beside))
+        elif not Path(path).is_file():
+            raise UserError(
+                f"the config in {directory} names {path} as its {key}: there is no "
+                f"such file beside it, nor {Path(path).absolute()}. Copy it there"
+            )
+    return resolved
+
+
+@contextmanager
+def resolved_arguments(args: argparse.Namespace) -> Iterator[None]:
+    """Let `args` name its files as they can be opened, while the context lasts."""
+    before = dict(vars(args))
+    found = resolve(before, args.output_dir or ".")
+    vars(args).update(found)
+    try:
+        yield
+    finally:
+        for key, path in named_files(vars(args)).items():
+            if named_files(found).get(key) == path:  # a list of tokens replaces a file
+                _set(vars(args), key, named_files(before)[key])
+
+
+@contextmanager
+def resolved_config(path: PathLike) -> Iterator[Path]:
+    """Yield a config file that names the files of the one at `path` with full paths."""
+    path = Path(path)
+    with path.open(encoding="utf-8") as file:
+        config = yaml.load(file, yaml.CSafeLoader)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no config of ESPnet: it holds no keys and values")
+    resolved = resolve(config, path.parent)
+    if resolved == config:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / path.name
+        with copy.open("w", encoding="utf-8") as file:
+            yaml.dump(resolved, file, yaml.CSafeDumper, allow_unicode=True)
+        yield copy

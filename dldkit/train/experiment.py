@@ -1,0 +1,146 @@
+"""An experiment directory: one process works in it, and it stands by itself."""
+
+import argparse
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from espnet2.train.distributed_utils import (
+    get_node_rank,
+    get_num_nodes,
+    get_rank,
+    resolve_distributed_mode,
+)
+
+from dldkit.config_files import BARE_NAMES, copy_files, named_files
+from dldkit.data.datadir import read_table
+from dldkit.errors import UserError
+from dldkit.step import Step
+
+# What statistics depend on besides the data: systems that agree in it share them.
+STATISTICS = "frontend frontend_conf input_size use_preprocessor preprocessor"
+STATISTICS += " preprocessor_conf token_type cleaner g2p write_collected_feats"
+# What does not change the result of a training, or is no option of it.
+IRRELEVANT = "config print_config log_level log_interval output_dir ngpu num_workers"
+IRRELEVANT += " num_att_plot use_tensorboard use_matplotlib create_graph_in_tensorboard"
+IRRELEVANT += " resume dry_run version required detect_anomaly distributed"
+IRRELEVANT += " multiprocessing_distributed unused_parameters sharded_ddp local_rank"
+FILES = "data_path_and_name_and_type", "shape_file"
+
+
+@contextmanager
+def experiment(args: argparse.Namespace) -> Iterator[bool]:
+    """Hold the experiment directory of a training; yield whether it is to be done.
+
+    Another process that trains there is waited for. What was finished with the same
+    options and the same content of the files that they name is not done again.
+
+    Args:
+        args: of ESPnet's training command. The files that inference needs are copied
+            into `output_dir`, and `args` name the copies.
+
+    Raises:
+        UserError: the training can not begin, or the directory belongs to other data.
+    """
+    resolve_distributed_mode(args)
+    if args.ngpu > 1 and not args.multiprocessing_distributed:
+        raise UserError(
+            f"--ngpu {args.ngpu} in one process would draw other layers on each GPU: "
+            "set --multiprocessing_distributed true"
+        )
+    _refuse_missing_data(args)
+    if args.dry_run or not _is_first(args):
+        yield True
+        return
+    logging.basicConfig(level=args.log_level, format=_log_format())
+    step = Step(
+        args.output_dir,
+        _files(args),
+        keep=True,
+        bound_by=None if args.collect_stats else "checkpoint.pth",
+        **_options(args),
+    )
+    # Other nodes would not know why this one waits, and time out.
+    step.lock.wait = not args.distributed or _number_of_nodes(args) == 1
+    with step:
+        if not step.done and not args.collect_stats:
+            copy_files(args)
+        yield not step.done
+
+
+def _log_format() -> str:
+    """ESPnet's own, which it sets too late for what is said before training."""
+    host = os.uname()[1].split(".")[0]
+    return f"[{host}] %(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s"
+
+
+def _is_first(args: argparse.Namespace) -> bool:
+    if not args.distributed:
+        return True
+    rank_of = get_node_rank if args.multiprocessing_distributed else get_rank
+    return not rank_of(args.dist_rank, args.dist_launcher)
+
+
+def _number_of_nodes(args: argparse.Namespace) -> int:
+    if not args.multiprocessing_distributed:
+        return 2  # processes of their own, wherever they are
+    return get_num_nodes(args.dist_world_size, args.dist_launcher) or 1
+
+
+def _options(args: argparse.Namespace) -> dict[str, object]:
+    if args.collect_stats:
+        names = [name for name in STATISTICS.split() if hasattr(args, name)]
+        return {name: getattr(args, name) for name in names}
+    options = dict(vars(args))
+    for name in vars(args):
+        if name in IRRELEVANT.split() or name.startswith(("dist_", "wandb_")):
+            del options[name]
+        elif name.endswith(FILES):  # the files enter by what they hold
+            del options[name]
+    for key in named_files(vars(args)):
+        section, _, name = key.rpartition(".")
+        if section:
+            options[section] = {k: v for k, v in options[section].items() if k != name}
+        else:
+            del options[name]
+    return options
+
+
+def _files(args: argparse.Namespace) -> dict[str, str]:
+    files = {}
+    for part in ("train", "valid"):
+        for path, name, kind in getattr(args, f"{part}_{FILES[0]}"):
+            files[f"{part} {name} ({kind})"] = path
+        if not args.collect_stats:
+            shapes = enumerate(getattr(args, f"{part}_{FILES[1]}"), 1)
+            files.update((f"{part} shapes {i}", path) for i, path in shapes)
+    for key, path in named_files(vars(args)).items():
+        if args.collect_stats and key == "normalize_conf.stats_file":
+            continue
+        copy = Path(args.output_dir, BARE_NAMES[key])
+        files[key] = str(copy) if copy.is_file() and not Path(path).is_file() else path
+    for i, source in enumerate(() if args.collect_stats else args.init_param, 1):
+        path = source.split(":")[0]
+        if Path(path).is_file():
+            files[f"init_param {i}"] = path
+    return files
+
+
+def _refuse_missing_data(args: argparse.Namespace) -> None:
+    """Refuse tables that are empty, or whose first entry is no file."""
+    for part in ("train", "valid"):
+        for path, _, kind in getattr(args, f"{part}_{FILES[0]}"):
+            if kind not in ("sound", "kaldi_ark"):
+                continue
+            table = read_table(path)
+            if not table:
+                raise UserError(f"{path} is empty: there is nothing to train on")
+            utt, entry = next(iter(table.items()))
+            file = entry.rpartition(":")[0] if kind == "kaldi_ark" else entry
+            if not entry.endswith("|") and not Path(file).is_file():
+                raise UserError(
+                    f"{path}: {utt} is to be in {file}, which does not exist: mend the "
+                    "table, or start in the directory that its paths begin at"
+                )
