@@ -7,6 +7,7 @@
 # speech foundation model in egs2/NAME/ssl1. Sets up first if needed (tools/install.sh).
 # May be run again: finished stages are kept. What comes after -- goes to every recipe,
 # for example -- --system rd --seed 1.
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 
 recipes=digits  # recipes to run, separated by spaces: NAME or NAME_ssl

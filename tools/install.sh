@@ -12,6 +12,7 @@
 #                  `superb` what SUPERB's tasks need)
 #   pip's own variables work too: to do without CUDA, for example,
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu tools/install.sh
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -1,6 +1,8 @@
 """Recognition at a chosen depth: greedy CTC, or ESPnet's beam search."""
 
 import logging
+import tempfile
+import zipfile
 from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from espnet2.bin import asr_inference as espnet_inference
 from espnet2.legacy.nets.beam_search import Hypothesis
+from espnet2.main_funcs.pack_funcs import unpack
 from espnet2.torch_utils.device_funcs import to_device
 from espnet2.utils.pretrained import download_pretrained
 
@@ -86,9 +89,12 @@ class Speech2Text(espnet_inference.Speech2Text):
     @classmethod
     def from_pretrained(cls, model_tag: Optional[str] = None, **kwargs: Any):
         """Build from a published model or a packed zip, as ESPnet's method does."""
-        if model_tag is not None:
-            kwargs.update(download_pretrained(model_tag))
-        return cls(**kwargs)
+        if model_tag is None or not zipfile.is_zipfile(model_tag):
+            found = {} if model_tag is None else download_pretrained(model_tag)
+            return cls(**{**kwargs, **found})
+        # not through espnet_model_zoo: its cache serves a re-packed zip's old content
+        with tempfile.TemporaryDirectory() as directory:
+            return cls(**{**kwargs, **unpack(model_tag, directory)})
 
     def set_depth(
         self, depth: Optional[int] = None, layers: Optional[Sequence[int]] = None

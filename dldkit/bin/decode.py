@@ -17,11 +17,11 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--asr_exp", required=True, help="experiment directory")
     add("--inference_asr_model", required=True, help="checkpoint in it")
-    add("--data_dirs", required=True, help='"dump/raw/test_seen dump/raw/test_unseen"')
+    add("--data_dirs", nargs="+", required=True, help="dump/raw/test_a dump/raw/test_b")
     add("--depths", required=True, help='numbers of layers: "12 10 8 6 4 2"')
     add("--inference_tag", required=True, help="results go to EXP/TAG/depthN/SET")
     add("--inference_args", default="", help="options of dldkit.bin.asr_inference")
-    add("--inference_nj", type=int, default=1, help="number of jobs")
+    add("--nj", type=int, default=1, help="number of jobs")
     add("--parallel_config", help="YAML of a cluster, see dldkit.parallel")
     return parser
 
@@ -35,11 +35,11 @@ def main(cmd=None) -> None:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")
     decode_depths(
         Path(args.asr_exp) / args.inference_asr_model,
-        args.data_dirs.split(),
+        args.data_dirs,
         [int(depth) for depth in args.depths.split()],
         Path(args.asr_exp) / args.inference_tag,
         shlex.split(args.inference_args),
-        args.inference_nj,
+        args.nj,
         args.parallel_config,
     )
 

@@ -28,12 +28,11 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def merge_configs(configs: Sequence[str]) -> DictConfig:
+def merge_files(configs: Sequence[str]) -> DictConfig:
     """Merge YAML files and key=value settings, nested dictionaries key by key.
 
     Raises:
-        UserError: a file is missing or no YAML dictionary, or a value that a file marks
-            with ??? was not given.
+        UserError: a file is missing or no YAML dictionary.
     """
     merged = OmegaConf.create()
     for config in configs:
@@ -47,6 +46,16 @@ def merge_configs(configs: Sequence[str]) -> DictConfig:
             merged = OmegaConf.merge(merged, part)
         except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
             raise UserError(f"{config} can not be merged: {error}") from error
+    return merged
+
+
+def merge_configs(configs: Sequence[str]) -> DictConfig:
+    """Merge as `merge_files` does.
+
+    Raises:
+        UserError: as well where a value that a file marks with ??? was not given.
+    """
+    merged = merge_files(configs)
     missing = OmegaConf.missing_keys(merged)
     if missing:
         raise UserError(

@@ -22,7 +22,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--upstream_dir", required=True, help="HuBERT directory from sfm_export")
     add("--upstream_name", required=True, help="its name in the table")
     add("--output_dir", required=True, help="for the tasks' directories and the table")
-    add("--tasks", default=runnable, help=f"which to run, of: {runnable}")
+    add(
+        "--tasks",
+        default="",
+        help=f"which to run, of: {runnable}; empty: those whose corpora are named",
+    )
     for name, corpus in CORPORA.items():
         add(
             f"--{name}",

@@ -250,6 +250,39 @@ def find_corpora(
     return found
 
 
+def check_tasks(
+    tasks: Sequence[str], corpora: dict[str, Optional[str]], dscore: Optional[str]
+) -> tuple[list[str], dict[str, Path]]:
+    """Return the tasks to run, and the directories of their corpora.
+
+    Args:
+        tasks: empty = those whose corpora are named.
+        corpora: directories by their names in CORPORA.
+
+    Raises:
+        UserError: a package, a program or a corpus is missing, or no corpus is named.
+    """
+    tasks = list(tasks) or [
+        name
+        for name, task in TASKS.items()
+        if task.corpora and all(corpora.get(corpus) for corpus in task.corpora.values())
+    ]
+    if not tasks:
+        names = ", ".join(f"--{name} ({name.upper()})" for name in CORPORA)
+        raise UserError(
+            f"SUPERB has nothing to run: name the directory of a corpus with {names}"
+        )
+    check_environment(tasks)
+    found = find_corpora(tasks, corpora)
+    if "sd" in tasks and not (dscore and (Path(dscore) / "score.py").is_file()):
+        raise UserError(
+            f"SD is scored with dscore, and --dscore {dscore or ''} (or DSCORE) has no "
+            "score.py: git clone https://github.com/nryant/dscore (BSD 2-Clause), and "
+            "name that directory"
+        )
+    return tasks, found
+
+
 def fetch_lists(tasks: Sequence[str], list_dir: Path) -> None:
     """Download the splits and lexicons that the tasks need; files there are kept.
 
@@ -297,15 +330,8 @@ def run(
     """
     upstream_dir, output_dir = Path(upstream_dir).resolve(), Path(output_dir)
     list_dir = Path(list_dir).resolve()
-    check_environment(tasks)
+    tasks, roots = check_tasks(tasks, corpora, dscore)
     settings = {"upstream": check_upstream(upstream_dir), "args": list(task_args)}
-    roots = find_corpora(tasks, corpora)
-    if "sd" in tasks and not (dscore and (Path(dscore) / "score.py").is_file()):
-        raise UserError(
-            f"SD is scored with dscore, and --dscore {dscore or ''} (or DSCORE) has no "
-            "score.py: git clone https://github.com/nryant/dscore (BSD 2-Clause), and "
-            "name that directory"
-        )
     runs = []
     for task in tasks:
         for fold in er_folds if TASKS[task].folds else [None]:

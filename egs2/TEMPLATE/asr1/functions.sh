@@ -1,112 +1,92 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154 # the variables are options of the script that sources this
-# What the staged scripts share. They source options.sh and path.sh before it, and have
-# the options stage, stop_stage, ngpu, num_nodes, launch_args, num_threads and python.
+# shellcheck disable=SC2034,SC2154 # the variables are options of the script that sources this
+# What asr.sh and sfm.sh share. They source options.sh and path.sh before it. For the
+# stages at the end they set what is named there.
 
 "${python}" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("espnet2"))' ||
     die "${python} ($(command -v "${python}")) has no espnet: run tools/install.sh first"
-if [ "${ngpu}" == auto ]; then
-    ngpu=0
-    if nvidia-smi -L >/dev/null 2>&1; then ngpu=1; fi
-fi
+
+check_options() { # check_options asr|sfm SYSTEMS: before the first stage; in plain form
+    local name given=() plain
+    for name in $(option_names); do given+=("${name}=${!name}"); done
+    plain=$("${python}" -m dldkit.bin.check_options "$1" "$2" -- "${given[@]}") || exit 1
+    eval "${plain}"
+    if [ "${ngpu}" == auto ]; then
+        ngpu=0
+        if nvidia-smi -L >/dev/null 2>&1; then ngpu=1; fi
+    fi
+    parallel_options=()
+    if [ -n "${parallel_config}" ]; then
+        parallel_options=(--parallel_config "${parallel_config}")
+    fi
+}
 
 words() { # words TEXT: one to a line; quotes keep words together
     xargs -r -n 1 printf '%s\n' <<<"$1"
 }
 
-run_stage() { # run_stage N [true|false]...: whether N is to be run; true: it is skipped
-    local n=$1
+run_stage() { # run_stage N [WHY]...: whether to run it; WHY not: true, or in words
+    local n=$1 why
     shift
     if [ "${stage}" -gt "${n}" ] || [ "${stop_stage}" -lt "${n}" ]; then return 1; fi
-    if [[ " $* " == *" true "* ]]; then
-        log "Stage ${n}: skipped"
+    if [[ " ${skip_stages} " == *" ${n} "* ]]; then set -- true; fi
+    for why in "$@"; do
+        case ${why} in
+            "" | false) continue ;;
+            true) log "Stage ${n}: skipped" ;;
+            *) log "Stage ${n}: skipped: ${why}" ;;
+        esac
         return 1
-    fi
-}
-
-fingerprint() { # of standard input
-    sha256sum | cut -c 1-16
+    done
 }
 
 stage_needs() { # stage_needs FILE "what makes it"
     [ -e "$1" ] || die "$1 does not exist: run $2 first"
 }
 
-is_done() { # is_done DIR KEY: whether DIR was finished with this key
-    [ "$(cat "$1/.done" 2>/dev/null)" == "$2" ]
-}
-
 # Names as ESPnet makes them: settings that were changed become part of the name, so
 # that two experiments do not share a directory by accident.
-tag_of() { # tag_of CONFIG ITS_USUAL_NAME ARGS
+name_of() { # name_of CONFIG ITS_USUAL_NAME
     local name
     name=$(basename "$1" .yaml)
     if [ "${name}" != "$2" ]; then echo -n "_${name}"; fi
-    echo -n "$3" | sed -e 's/--/_/g' -e 's/[ |=/]//g'
 }
 
-require_system() { # require_system NAME DIR: as one of DIR or of the recipe
-    if [ ! -f "$2/$1.yaml" ] && [ ! -f "conf/systems/$1.yaml" ]; then
-        die "--system $1: there is no $1.yaml in $2 or conf/systems"
-    fi
+name_of_args() {
+    echo -n "$1" | sed -e 's/--/_/g' -e 's/[ |=/]//g'
 }
 
-write_config() { # write_config EXP CONFIG SYSTEM.yaml [key=value]...
-    # EXP/train.yaml: the system merged over the config. A setting counts where a file
-    # leaves its key open with ???
-    local exp=$1 file setting key files=("$2") settings=()
-    [ -f "$2" ] || die "the training config $2 does not exist"
-    # the recipe's own conf/systems may change a shared system, or add one
-    for file in "$3" "conf/systems/${3##*/}"; do
+write_config() { # write_config EXP CONFIG SYSTEM [key=value]...
+    # EXP/train.yaml: the system merged over the config, and the settings over both. The
+    # recipe's own conf/systems may change a shared system, or add one.
+    local exp=$1 config=$2 system=$3 file files=()
+    shift 3
+    for file in "${systems}/${system}.yaml" "conf/systems/${system}.yaml"; do
         if [ -f "${file}" ]; then files+=("${file}"); fi
     done
-    shift 3
-    for setting in "$@"; do
-        key=${setting%%=*}
-        if grep -q "${key##*.}: ???" "${files[@]}"; then settings+=("${setting}"); fi
-    done
     mkdir -p "${exp}"
-    "${python}" -m dldkit.bin.merge_config "${files[@]}" "${settings[@]}" \
-        >"${exp}/train.yaml.new"
-    if [ -e "${exp}/checkpoint.pth" ] &&
-        ! diff "${exp}/train.yaml" "${exp}/train.yaml.new"; then
-        log "Warning: ${exp} was begun with the settings marked <, and goes on with" \
-            "those marked >. To begin anew, remove it or give another tag"
-    fi
-    mv "${exp}/train.yaml.new" "${exp}/train.yaml"
+    "${python}" -m dldkit.bin.merge_config "${config}" "${files[@]}" "$@" \
+        >"${exp}/train.yaml.$$"
+    mv "${exp}/train.yaml.$$" "${exp}/train.yaml"
 }
 
-hold_to_data() { # hold_to_data EXP KEY: EXP goes on with what it was begun with
-    if [ -e "$1/checkpoint.pth" ] && [ "$(cat "$1/.data" 2>/dev/null)" != "$2" ]; then
-        die "$1 was trained on other data, tokens or features:" \
-            "remove it, or give another tag"
-    fi
-    echo "$2" >"$1/.data"
-}
-
-run_training() { # run_training EXP MODEL COMMAND...: until it has made EXP/MODEL
-    local exp=$1 model=$2 command arg multi=false key
-    shift 2
+run_training() { # run_training EXP COMMAND...
+    local exp=$1 command launch=() multi=false
+    shift
     command=("$@")
     if [ "${num_nodes}" -gt 1 ] || [ -n "${launch_args}" ]; then
-        mapfile -t arg < <(words "${launch_args}")
-        if [ "${num_nodes}" -gt 1 ]; then arg+=(--num_nodes "${num_nodes}"); fi
-        command=("${python}" -m espnet2.bin.launch "${arg[@]}" --ngpu "${ngpu}"
-            --log "${exp}/train.log" --init_file_prefix "${exp}/.dist_init_"
+        mapfile -t launch < <(words "${launch_args}")
+        if [ "${num_nodes}" -gt 1 ]; then launch+=(--num_nodes "${num_nodes}"); fi
+        command=("${python}" -m espnet2.bin.launch "${launch[@]}" --ngpu "${ngpu}"
+            --log "${exp}/launch.log" --init_file_prefix "${exp}/.dist_init_"
             -- "${command[@]}")
     else
         if [ "${ngpu}" -gt 1 ]; then multi=true; fi # the command spawns one process per GPU
         command+=(--ngpu "${ngpu}" --multiprocessing_distributed "${multi}")
     fi
     write_run_sh "${exp}" "${command[@]}"
-    key=$(cat "${exp}/train.yaml" "${exp}/run.sh" "${exp}/.data" | fingerprint)
-    if is_done "${exp}" "${key}" && [ -e "${exp}/${model}" ]; then
-        log "${exp} is trained already"
-        return
-    fi
     log "Training, log: ${exp}/train.log; resume it with ${exp}/run.sh"
     "${exp}/run.sh" 2>&1 | show_progress || show_failure "${exp}/train.log"
-    echo "${key}" >"${exp}/.done"
 }
 
 quote() { # quote ARG: as the shell reads it, without needless backslashes
@@ -114,33 +94,39 @@ quote() { # quote ARG: as the shell reads it, without needless backslashes
 }
 
 write_run_sh() { # write_run_sh EXP COMMAND...: EXP/run.sh, which runs and resumes it
-    local exp=$1 arg line="" log_to
+    local exp=$1 arg line="" recipe
     shift
-    log_to="2>&1 | tee -a $(quote "${exp}/train.log")"
+    recipe=$(quote "${PWD}")
+    if [[ ${exp} != /* ]]; then # so that they can be moved together
+        recipe="\"\$(dirname \"\$0\")\"/$(quote "$(realpath --relative-to="${exp}" .)")"
+    fi
     {
         echo "#!/usr/bin/env bash"
         echo "# Go on with this training where it stopped; takes more options of the task."
         echo "set -euo pipefail"
-        echo "cd \"\$(dirname \"\$0\")/$(realpath --relative-to="${exp}" .)\""
+        echo "cd ${recipe}"
         echo ". ./path.sh"
         if [ "${ngpu}" -eq 0 ]; then echo "export OMP_NUM_THREADS=${num_threads}"; fi
-        if [[ "$*" == *espnet2.bin.launch* ]]; then # the launcher writes the log
-            log_to=
-            echo "touch $(quote "${exp}/train.log")"
-            echo "tail -n 0 -F $(quote "${exp}/train.log") &"
-            echo "trap 'kill \$!' EXIT"
+        echo "("
+        if [[ "$*" == *espnet2.bin.launch* ]]; then # which writes a log of its own
+            echo "    rm -f $(quote "${exp}/launch.log")"
+            echo "    tail -n +1 -s 0.2 -F --pid=\"\${BASHPID}\"" \
+                "$(quote "${exp}/launch.log") 2>/dev/null &"
         fi
+        line="    exec"
         for arg in "$@"; do
-            if [[ ${arg} == --* && -n ${line} ]]; then
+            if [[ ${arg} == --* ]]; then
                 echo "${line} \\"
-                line="   "
+                line="       "
             fi
-            line+="${line:+ }$(quote "${arg}")"
+            line+=" $(quote "${arg}")"
         done
         echo "${line} \\"
-        echo "    \"\$@\" ${log_to}"
-    } >"${exp}/run.sh"
-    chmod +x "${exp}/run.sh"
+        echo "        \"\$@\""
+        echo ") 2>&1 | tee -a $(quote "${exp}/train.log")"
+    } >"${exp}/run.sh.$$"
+    chmod +x "${exp}/run.sh.$$"
+    mv "${exp}/run.sh.$$" "${exp}/run.sh" # a shell that runs the old one reads on in it
 }
 
 show_progress() { # the readable part of a training log
@@ -149,10 +135,10 @@ show_progress() { # the readable part of a training log
         case ${line} in
             *"epoch results: "*) ;;
             *"epoch started."* | *"training was resumed"* | *"has already reached"*) ;;
+            *" is finished already"* | *" is in use by "* | *" WARNING: "*dldkit*) ;;
             *"batch: "*) # of these, one in ten seconds
                 if [ $((SECONDS - shown)) -lt 10 ]; then continue; fi
                 ;;
-            "error: "*) ;;
             *) continue ;;
         esac
         shown=${SECONDS}
@@ -162,7 +148,85 @@ show_progress() { # the readable part of a training log
     done
 }
 
-show_failure() { # show_failure LOG
+show_failure() { # show_failure LOG: the error that ends it, or else its last lines
+    local error
+    error=$(tail -n 30 "$1" | grep '^error: ' | tail -n 1) || true
+    if [ -n "${error}" ]; then die "${error#error: } (log: $1)"; fi
     tail -n 30 "$1" >&2
     die "it failed; the end of $1 is above"
+}
+
+#
+# Stages 3, 4, 14 and 15
+#
+# They need ${data_feats}, ${train_set}, ${valid_set}, ${other_sets} and these arrays:
+# ${format_options} of format_data, ${filter_options} of filter_data, and ${text_option},
+# which says that training and validation set need no transcripts.
+stage_format() {
+    local set options
+    log "Stage 3: Format: data/ -> ${data_feats}"
+    for set in "${train_set}" "${valid_set}" ${other_sets}; do
+        options=("${format_options[@]}" --fs "${fs}" --audio_format "${audio_format}"
+            --nj "${nj}" "${parallel_options[@]}")
+        # stage 4 brings these two to their place
+        if [[ ${set} == "${train_set}" || ${set} == "${valid_set}" ]]; then
+            options+=("${text_option[@]}" "data/${set}" "${data_feats}/org/${set}")
+        else
+            options+=("data/${set}" "${data_feats}/${set}")
+        fi
+        "${python}" -m dldkit.bin.format_data "${options[@]}"
+    done
+}
+
+stage_filter() {
+    local set
+    log "Stage 4: Length filter: ${data_feats}/org -> ${data_feats}"
+    for set in "${train_set}" "${valid_set}"; do
+        stage_needs "${data_feats}/org/${set}" "stage 3"
+        "${python}" -m dldkit.bin.filter_data "${text_option[@]}" --fs "${fs}" \
+            "${filter_options[@]}" "${data_feats}/org/${set}" "${data_feats}/${set}"
+    done
+}
+
+pack() { # pack asr|ssl EXP CHECKPOINT [options of dldkit.bin.pack]...: to ${packed}
+    local kind=$1 model=$2/$3
+    shift 3
+    stage_needs "${model}" "stage 11"
+    "${python}" -m dldkit.bin.pack "${kind}" --model_file "${model}" \
+        --outpath "${packed}" "$@"
+}
+
+upload() { # upload EXP: its ${card_dir}, with ${title}, ${card_tags} and ${snippet}
+    local exp=$1 file
+    {
+        cat <<CARD
+---
+license: ${license}
+language: ${lang}
+datasets:
+$(words "${datasets:-$(basename "$(dirname "${PWD}")")}" | sed 's/^/- /')
+library_name: ${card_library}
+pipeline_tag: ${card_task}
+tags:
+$(words "${card_tags}" | sed 's/^/- /')
+---
+
+# ${title}
+
+Trained with dldkit (system \`${system}\`) on \`${train_set}\`.
+
+${snippet}
+
+CARD
+        if [ -f "${exp}/RESULTS.md" ]; then cat "${exp}/RESULTS.md"; fi
+        printf '%s\n' "## Training config" "" '```yaml'
+        cat "${exp}/train.yaml"
+        echo '```'
+    } >"${card_dir}/README.md"
+    if [ -n "${hf_repo}" ]; then
+        log "Pushing to https://huggingface.co/${hf_repo}"
+        hf upload "${hf_repo}" "${card_dir}" .
+    else
+        log "Not pushed: give --hf_repo user/name, and log in with 'hf auth login'"
+    fi
 }

@@ -38,6 +38,10 @@ _print_help() {
     done <"$0"
 }
 
+option_names() { # of the script, one to a line
+    sed -En "/options\.sh/q; s/${_option_line}/\1/p" "$0"
+}
+
 _usage_error() {
     echo "error: $(basename "$0"): $* (see --help)" >&2
     exit 2
@@ -45,7 +49,7 @@ _usage_error() {
 
 _parse_options() {
     local known name value
-    known=" $(sed -En "/options\.sh/q; s/${_option_line}/\1/p" "$0" | tr '\n' ' ')"
+    known=" $(option_names | tr '\n' ' ')"
     while [ $# -gt 0 ]; do
         case $1 in
             -h | --help)
@@ -69,7 +73,7 @@ _parse_options() {
         if [[ ${!name} =~ ^(true|false)$ ]] && ! [[ ${value} =~ ^(true|false)$ ]]; then
             _usage_error "--${name} is true or false, not '${value}'"
         fi
-        if [[ ${!name} =~ ^[0-9]+$ ]] && ! [[ ${value} =~ ^-?[0-9]+([.][0-9]+)?$ ]]; then
+        if [[ ${!name} =~ ^[0-9]+$ ]] && ! [[ ${value} =~ ^-?[0-9.]+[kM]?$ ]]; then
             _usage_error "--${name} is a number, not '${value}'"
         fi
         printf -v "${name}" '%s' "${value}"

@@ -10,12 +10,14 @@
 #    9 cached targets of teacher   13 probe scores
 # Numbers are those of asr.sh; the missing ones have no use here. Every stage may be run
 # again: what is finished is kept, and a training goes on where it stopped.
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 SECONDS=0
 
 ## General
 stage=1  # first stage to run
 stop_stage=15  # last stage to run
+skip_stages=  # stages to skip, separated by spaces
 skip_data_prep=false  # skip stages 1-4
 skip_train=false  # skip stages 9-11
 skip_eval=false  # skip stage 13
@@ -37,7 +39,7 @@ valid_set=valid  # validation set
 local_data_opts=  # options for local/data.sh
 lang=en  # language, for the model card
 audio_format=flac  # flac or wav
-fs=16000  # sampling rate in Hz, the teacher's; other audio is resampled
+fs=16000  # sampling rate in Hz, or 16k: the teacher's; other audio is resampled
 min_wav_duration=0.5  # shorter utterances are left out (seconds)
 max_wav_duration=30  # longer ones too (seconds)
 
@@ -64,6 +66,8 @@ probe_args=  # more options of sfm_probe, e.g. '--seeds "0 1 2"'
 superb_args=  # more options of superb.sh, see ../../TEMPLATE/ssl1/superb.sh --help
 
 ## Packing
+license=cc-by-4.0  # of the model, for the model card; that of the speech may decide it
+datasets=  # of the model card; empty: the recipe's name
 hf_repo=  # Hugging Face repository (user/name) to push to; empty: only prepare the directory
 
 template=$(dirname "$(readlink -f "$0")")
@@ -76,44 +80,34 @@ template=$(dirname "$(readlink -f "$0")")
 # shellcheck source=../asr1/functions.sh
 . "${template}/../asr1/functions.sh"
 
+systems="${template%/egs2/*}/conf/systems_ssl"
+teacher_layers= # what the config says
+check_options sfm "${systems}"
+
 #
 # What follows from the options
 #
-systems="${template%/egs2/*}/conf/systems_ssl"
-require_system "${system}" "${systems}"
-case ${probe} in
-    probe) probe_sets="${probe_digits} ${probe_strings}" ;;
-    superb | none) probe_sets= ;;
-    *) die "--probe ${probe}: choose probe, superb or none" ;;
-esac
-teacher=${teacher:-${TEACHER}}
+probe_sets=
+if [ "${probe}" == probe ]; then probe_sets="${probe_digits} ${probe_strings}"; fi
 teacher_name=$(basename "${teacher}")
-case ${targets} in
-    live) targets_from=${teacher} ;;
-    cached) targets_from=${expdir}/targets_${teacher_name} ;;
-    *) die "--targets ${targets}: choose live or cached" ;;
-esac
-if [ -z "${teacher}" ]; then
-    for n in 9 10 11 13; do
-        if [ "${stage}" -le "${n}" ] && [ "${stop_stage}" -ge "${n}" ]; then
-            die "there is no teacher: set --teacher, or TEACHER in the environment or" \
-                "db.sh, to a directory or a Hugging Face name; with network," \
-                "facebook/hubert-base-ls960 or openai/whisper-tiny.en is downloaded"
-        fi
-    done
+no_targets= # why there is no stage 9
+targets_from=${expdir}/targets_${teacher_name}
+if [ "${targets}" == live ]; then
+    no_targets="the teacher runs beside the student"
+    targets_from=${teacher}
 fi
 if [ -z "${sfm_tag}" ]; then
-    sfm_tag=${system}$(tag_of "${sfm_config}" train_sfm "${sfm_args}")${seed:+_seed${seed}}
+    sfm_tag=${system}$(name_of "${sfm_config}" train_sfm)$(name_of_args "${sfm_args}")${seed:+_seed${seed}}
 fi
 sfm_exp=${expdir}/sfm_${sfm_tag}
-data_feats=${dumpdir}/raw
 sfm_stats_dir=${expdir}/sfm_stats # of the data alone, so that systems share them
+data_feats=${dumpdir}/raw
+other_sets=${probe_sets}
+format_options=()
+filter_options=(--min_length "${min_wav_duration}" --max_length "${max_wav_duration}")
+text_option=(--no_text)
 
 mapfile -t sfm_options < <(words "${sfm_args} ${seed:+--seed ${seed}}")
-parallel_options=()
-if [ -n "${parallel_config}" ]; then
-    parallel_options=(--parallel_config "${parallel_config}")
-fi
 
 #
 # Steps
@@ -132,35 +126,23 @@ set_data_options() { # data_options: what sfm_distill_train has to know of the d
 }
 
 configure() { # write ${sfm_exp}/train.yaml
-    write_config "${sfm_exp}" "${sfm_config}" "${systems}/${system}.yaml" \
+    write_config "${sfm_exp}" "${sfm_config}" "${system}" \
         "model_conf.teacher=${targets_from}"
 }
 
 collect_stats() {
-    local key
     set_data_options
-    key=$(cat "${data_feats}"/{"${train_set}","${valid_set}"}/{wav.scp,utt2num_samples} |
-        fingerprint)
-    if is_done "${sfm_stats_dir}" "${key}"; then
-        log "${sfm_stats_dir} is up to date"
-        return
-    fi
-    log "Collecting statistics, log: ${sfm_stats_dir}/stats.log"
-    mkdir -p "${sfm_stats_dir}"
-    rm -f "${sfm_stats_dir}/.done"
+    log "Collecting statistics, log: ${sfm_exp}/stats.log"
     "${python}" -m dldkit.bin.sfm_distill_train --collect_stats true \
         --config "${sfm_exp}/train.yaml" --output_dir "${sfm_stats_dir}" --ngpu 0 \
-        "${data_options[@]}" "${sfm_options[@]}" >"${sfm_stats_dir}/stats.log" 2>&1 ||
-        show_failure "${sfm_stats_dir}/stats.log"
-    echo "${key}" >"${sfm_stats_dir}/.done"
+        "${data_options[@]}" "${sfm_options[@]}" >"${sfm_exp}/stats.log" 2>&1 ||
+        show_failure "${sfm_exp}/stats.log"
 }
 
 train_model() {
-    stage_needs "${sfm_stats_dir}/.done" "stage 10"
-    hold_to_data "${sfm_exp}" "$(<"${sfm_stats_dir}/.done") ${teacher}"
+    stage_needs "${sfm_stats_dir}/valid/speech_shape" "stage 10"
     set_data_options
-    run_training "${sfm_exp}" "${inference_model}" \
-        "${python}" -m dldkit.bin.sfm_distill_train \
+    run_training "${sfm_exp}" "${python}" -m dldkit.bin.sfm_distill_train \
         --config "${sfm_exp}/train.yaml" --output_dir "${sfm_exp}" --resume true \
         "${data_options[@]}" \
         --train_shape_file "${sfm_stats_dir}/train/speech_shape" \
@@ -168,97 +150,42 @@ train_model() {
         "${sfm_options[@]}"
 }
 
-export_model() { # export_model DIR [options of sfm_export]...: unless DIR holds it already
-    local dir=$1 key marker=${1%/*}/.${1##*/}
+export_model() { # export_model DIR [options of sfm_export]...
+    local dir=$1
     shift
-    key=$({
-        echo "$*"
-        cat "${sfm_exp}/${inference_model}"
-    } | fingerprint)
-    if [ -e "${dir}/config.json" ] && [ "$(cat "${marker}" 2>/dev/null)" == "${key}" ]; then
-        log "${dir} is up to date"
-        return
-    fi
     "${python}" -m dldkit.bin.sfm_export --model_file "${sfm_exp}/${inference_model}" \
         --config "${sfm_exp}/config.yaml" --output_dir "${dir}" "$@"
-    echo "${key}" >"${marker}"
 }
 
-exports() { # the directories that stage 12 makes
+list_exports() { # exports: the directories that stage 12 makes
     local depth
-    echo "${sfm_exp}/hf"
-    for depth in ${export_depths}; do echo "${sfm_exp}/hf_depth${depth}"; done
+    exports=("${sfm_exp}/hf")
+    for depth in ${export_depths}; do exports+=("${sfm_exp}/hf_depth${depth}"); done
 }
 
 write_scores() { # ${sfm_exp}/RESULTS.md: a row for the teacher and for each export
-    local dir upstreams=("${teacher_name}=${teacher}") options digits strings key device=cpu
+    local dir upstreams=("${teacher_name}=${teacher}") options digits strings device=cpu
     if [ "${ngpu}" -gt 0 ]; then device=cuda; fi
     read -r -a digits <<<"${probe_digits}"
     read -r -a strings <<<"${probe_strings}"
     for dir in "${digits[@]}" "${strings[@]}"; do
         stage_needs "${data_feats}/${dir}/wav.scp" "stage 3"
     done
-    for dir in $(exports); do
+    list_exports
+    for dir in "${exports[@]}"; do
         stage_needs "${dir}/config.json" "stage 12"
         upstreams+=("${sfm_tag}${dir#"${sfm_exp}/hf"}=${dir}")
     done
     mapfile -t options < <(words "${probe_args}")
-    key=$({
-        echo "${upstreams[*]} ${options[*]}"
-        for dir in $(exports); do cat "${dir}/model.safetensors"; done
-        for dir in "${digits[@]}" "${strings[@]}"; do
-            cat "${data_feats}/${dir}"/{wav.scp,text,utt2num_samples}
-        done
-    } | fingerprint)
-    if [ "$(cat "${sfm_exp}/.scores" 2>/dev/null)" == "${key}" ]; then
-        log "It is up to date"
-    else
-        # The hidden states of the teacher are kept there for all experiments.
-        OMP_NUM_THREADS=${num_threads} \
-            "${python}" -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
-            --digits "${digits[@]/#/${data_feats}/}" \
-            --strings "${strings[@]/#/${data_feats}/}" \
-            --output_dir "${expdir}/probe" --device "${device}" "${options[@]}" \
-            >"${sfm_exp}/probe.log"
-        cp "${expdir}/probe"/{probe.json,RESULTS.md} "${sfm_exp}"
-        echo "${key}" >"${sfm_exp}/.scores"
-    fi
+    # The hidden states of the teacher are kept there for all experiments.
+    OMP_NUM_THREADS=${num_threads} \
+        "${python}" -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
+        --digits "${digits[@]/#/${data_feats}/}" \
+        --strings "${strings[@]/#/${data_feats}/}" \
+        --output_dir "${expdir}/probe" --device "${device}" "${options[@]}" \
+        >"${sfm_exp}/probe.log"
+    cp "${expdir}/probe"/{probe.json,RESULTS.md} "${sfm_exp}"
     cat "${sfm_exp}/RESULTS.md"
-}
-
-write_model_card() {
-    cat <<EOF
----
-language: ${lang}
-tags:
-- audio
-- speech
-- hubert
-library_name: transformers
----
-
-# ${sfm_tag}: ${teacher_name} distilled into a small HuBERT
-
-Trained with dldkit (system \`${system}\`) on \`${train_set}\`.
-
-\`\`\`python
-from transformers import AutoFeatureExtractor, AutoModel
-
-model = AutoModel.from_pretrained("${hf_repo:-path/to/this/directory}")
-extract = AutoFeatureExtractor.from_pretrained("${hf_repo:-path/to/this/directory}")
-inputs = extract(speech, sampling_rate=${fs}, return_tensors="pt")  # speech: (Samples,)
-hidden_states = model(**inputs, output_hidden_states=True).hidden_states
-\`\`\`
-
-In ESPnet: \`frontend: huggingface\`, or s3prl's upstream \`hf_hubert_custom\`.
-
-EOF
-    if [ -f "${sfm_exp}/RESULTS.md" ]; then cat "${sfm_exp}/RESULTS.md"; fi
-    echo "## Training config"
-    echo
-    echo '```yaml'
-    cat "${sfm_exp}/train.yaml"
-    echo '```'
 }
 
 #
@@ -275,49 +202,19 @@ if run_stage 1 "${skip_data_prep}"; then
     fi
 fi
 
-if run_stage 3 "${skip_data_prep}"; then
-    log "Stage 3: Format: data/ -> ${data_feats}"
-    options=(--fs "${fs}" --audio_format "${audio_format}" --nj "${nj}"
-        "${parallel_options[@]}")
-    for set in "${train_set}" "${valid_set}"; do # stage 4 brings these to their place
-        "${python}" -m dldkit.bin.format_data --no_text "${options[@]}" \
-            "data/${set}" "${data_feats}/org/${set}"
-    done
-    for set in ${probe_sets}; do
-        "${python}" -m dldkit.bin.format_data "${options[@]}" \
-            "data/${set}" "${data_feats}/${set}"
-    done
-fi
-
-if run_stage 4 "${skip_data_prep}"; then
-    log "Stage 4: Length filter: ${data_feats}/org -> ${data_feats}"
-    for set in "${train_set}" "${valid_set}"; do
-        stage_needs "${data_feats}/org/${set}" "stage 3"
-        "${python}" -m dldkit.bin.filter_data --no_text --fs "${fs}" \
-            --min_length "${min_wav_duration}" --max_length "${max_wav_duration}" \
-            "${data_feats}/org/${set}" "${data_feats}/${set}"
-    done
-fi
+if run_stage 3 "${skip_data_prep}"; then stage_format; fi
+if run_stage 4 "${skip_data_prep}"; then stage_filter; fi
 
 #
 # Distillation
 #
-if run_stage 9 "${skip_train}"; then
-    if [ "${targets}" == cached ]; then
-        log "Stage 9: Targets of ${teacher}: ${targets_from}"
-        stage_needs "${data_feats}/${train_set}/wav.scp" "stages 3 and 4"
-        configure
-        layers=$("${python}" -m dldkit.bin.merge_config "${sfm_exp}/train.yaml" \
-            --select model_conf.teacher_layers | tr -d '[],')
-        [ "${layers}" != None ] ||
-            die "${sfm_config} has to say model_conf: teacher_layers for cached targets"
-        "${python}" -m dldkit.bin.sfm_collect_targets --teacher "${teacher}" \
-            --layers "${layers}" \
-            --data_dirs "${data_feats}/${train_set}" "${data_feats}/${valid_set}" \
-            --output_dir "${targets_from}" --nj "${nj}" "${parallel_options[@]}"
-    else
-        log "Stage 9: No cached targets: the teacher runs beside the student"
-    fi
+if run_stage 9 "${no_targets}" "${skip_train}"; then
+    log "Stage 9: Targets of ${teacher}: ${targets_from}"
+    stage_needs "${data_feats}/${train_set}/wav.scp" "stages 3 and 4"
+    "${python}" -m dldkit.bin.sfm_collect_targets --teacher "${teacher}" \
+        --layers "${teacher_layers}" \
+        --data_dirs "${data_feats}/${train_set}" "${data_feats}/${valid_set}" \
+        --output_dir "${targets_from}" --nj "${nj}" "${parallel_options[@]}"
 fi
 
 if run_stage 10 "${skip_train}"; then
@@ -367,43 +264,42 @@ fi
 #
 # Packing
 #
-packed=${sfm_exp}/${sfm_tag}_${inference_model%.pth}.zip
+packed=${sfm_exp}/pack_${inference_model%.pth}/${sfm_tag}.zip
+card_dir=${sfm_exp}/huggingface
 
 if run_stage 14 "${skip_packing}"; then
     log "Stage 14: Pack: ${packed}"
     stage_needs "${sfm_exp}/hf/config.json" "stage 12"
-    files=("${sfm_exp}/config.yaml" "$(readlink -f "${sfm_exp}/${inference_model}")")
-    options=()
-    for file in $(exports) "${sfm_exp}"/{RESULTS.md,probe.json,images}; do
-        if [ -e "${file}" ]; then
-            options+=(--option "${file}")
-            files+=("${file}")
-        fi
-    done
-    if [ -e "${packed}" ] && [ -z "$(find "${files[@]}" -newer "${packed}")" ]; then
-        log "It is up to date"
-    else
-        "${python}" -m dldkit -m espnet2.bin.pack ssl \
-            --ssl_train_config "${sfm_exp}/config.yaml" \
-            --ssl_model_file "${sfm_exp}/${inference_model}" \
-            "${options[@]}" --outpath "${packed}"
-    fi
+    list_exports
+    pack ssl "${sfm_exp}" "${inference_model}" --exports "${exports[@]##*/}"
 fi
 
 if run_stage 15 "${skip_upload}"; then
-    card_dir=${sfm_exp}/huggingface
     log "Stage 15: Model card and files: ${card_dir}"
     stage_needs "${sfm_exp}/hf/config.json" "stage 12"
     rm -rf "${card_dir}"
     mkdir -p "${card_dir}"
     cp "${sfm_exp}"/hf/* "${card_dir}"
-    write_model_card >"${card_dir}/README.md"
-    if [ -n "${hf_repo}" ]; then
-        log "Pushing to https://huggingface.co/${hf_repo}"
-        hf upload "${hf_repo}" "${card_dir}" .
-    else
-        log "Not pushed: give --hf_repo user/name, and log in with 'hf auth login'"
-    fi
+    title="${sfm_tag}: ${teacher_name} distilled into a small HuBERT"
+    card_library=transformers
+    card_task=feature-extraction
+    card_tags="audio speech hubert"
+    repository=${hf_repo:-$(realpath "${card_dir}")}
+    snippet="\`\`\`sh
+pip install transformers
+\`\`\`
+
+\`\`\`python
+from transformers import AutoFeatureExtractor, AutoModel
+
+model = AutoModel.from_pretrained(\"${repository}\")
+extract = AutoFeatureExtractor.from_pretrained(\"${repository}\")
+inputs = extract(speech, sampling_rate=${fs}, return_tensors=\"pt\")  # speech: (Samples,)
+hidden_states = model(**inputs, output_hidden_states=True).hidden_states
+\`\`\`
+
+In ESPnet: \`frontend: huggingface\`, or s3prl's upstream \`hf_hubert_custom\`."
+    upload "${sfm_exp}"
 fi
 
 log "Successfully finished. [elapsed=${SECONDS}s]"

@@ -16,6 +16,7 @@
 #   ./superb.sh --tasks pr --upstream_name x_lr3 \
 #       --task_args "--build_optimizer.conf.lr 1.0e-3" ...
 # QbE is not offered: s3prl's package has no such problem.
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 
 if [ -f ./db.sh ]; then
@@ -26,7 +27,7 @@ fi
 ## General
 upstream_dir=  # the student: a Hugging Face HuBERT directory from sfm_export
 upstream_name=  # of the row and of its directory; empty: that of --upstream_dir
-tasks="pr asr ks sid sf ic er asv"  # tasks to run; there is sd as well
+tasks=  # tasks to run, of pr asr ks sid sf ic er asv sd; empty: those whose corpora are named
 task_args=  # s3prl's options for these tasks, e.g. "--train.total_steps 1000"
 er_folds="0 1 2 3 4"  # folds of ER; its column is their mean, and SUPERB's is all five
 expdir=exp  # results go into EXPDIR/superb_NAME

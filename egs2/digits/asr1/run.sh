@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Connected digits: the whole experiment on two CPU cores. `./run.sh --help` lists the
 # options; any of them can be given here, for example --local_data_opts "--source espeak".
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -2,6 +2,7 @@
 # LibriSpeech 960 h in the setting of arXiv 2606.11766. `./run.sh --help` lists the options;
 # --system chooses the row of the paper's table. Set $LIBRISPEECH to a copy of the corpus,
 # else it is downloaded (about 60 GB), and $TEACHER to a local copy of the teacher.
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=/dev/null

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # LibriSpeech 100 h at the size of arXiv 2601.16117. `./run.sh --help` lists the options.
 # Set $LIBRISPEECH to a copy of the corpus, else the splits are downloaded (about 7.5 GB).
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

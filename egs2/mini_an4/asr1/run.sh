@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Eight real recordings and a tiny model: every stage in minutes, to see that it works.
 # Its error rates mean nothing. `./run.sh --help` lists the options.
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

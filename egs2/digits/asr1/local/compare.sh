@@ -10,6 +10,7 @@
 # Stages:
 #    1 data and statistics           3 all other systems
 #    2 static models of full depth   4 table
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 
 ## General

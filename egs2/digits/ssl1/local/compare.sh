@@ -10,6 +10,7 @@
 # Stages:
 #    1 data and cached targets    3 probe scores
 #    2 trainings                  4 table
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 
 ## General

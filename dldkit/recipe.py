@@ -1,0 +1,356 @@
+"""The options of a recipe, checked before its first stage begins.
+
+What the options and the configs alone can tell is refused here, in less than a second:
+neither ESPnet nor torch is imported.
+"""
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import humanfriendly
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from dldkit.bin.merge_config import merge_files
+from dldkit.errors import UserError
+
+CHOICES = {
+    "feats_type": ["raw", "fbank", "extracted"],
+    "audio_format": ["flac", "wav"],
+    "token_type": ["char", "bpe", "word"],
+    "bpemode": ["unigram", "bpe"],
+    "kd_source": ["live", "cached"],
+    "targets": ["live", "cached"],
+    "feats_normalize": ["global_mvn", "utterance_mvn", "none"],
+    "selector": ["", "even", "prefix"],
+    "probe": ["probe", "superb", "none"],
+}
+LEAST = {  # of options that are integers
+    **dict.fromkeys(["num_nodes", "num_threads", "nj", "inference_nj", "nbpe"], 1),
+    **dict.fromkeys(["n_mels", "calibration_utts", "top_k"], 1),
+    **dict.fromkeys(["rtf_utts", "seed", "ngpu"], 0),
+}
+UNSET = {"top_k": "", "seed": "", "ngpu": "auto"}  # which they may be instead
+FILES = ["parallel_config", "bpe_train_text", "nlsyms_txt", "pretrained_model"]
+FILES += ["asr_config", "reference_config", "sfm_config", "inference_config", "lm_file"]
+DIRECTORIES = ["dumpdir", "expdir", "asr_exp", "asr_stats_dir", "lm_exp"]
+ARGUMENTS = ["launch_args", "local_data_opts", "reference_args", "asr_args"]
+ARGUMENTS += ["inference_args", "sfm_args", "probe_args", "superb_args"]
+CRITERIA = [  # ESPnet's defaults
+    ["train", "loss", "min"],
+    ["valid", "loss", "min"],
+    ["train", "acc", "max"],
+    ["valid", "acc", "max"],
+]
+
+
+def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
+    """Check the options of asr.sh; return those to set, by name.
+
+    Args:
+        systems: the directory of the shared systems' configs.
+
+    Raises:
+        UserError: naming the option, and what it may be.
+    """
+    settings = _check_common(options)
+    if not options["test_sets"].split():
+        raise UserError("--test_sets is empty: name at least one directory of data/")
+    for factor in options["speed_perturb_factors"].split():
+        _number("speed_perturb_factors", factor, 0.0)
+    reference = options["reference"]
+    if reference and not Path(reference).exists():
+        raise UserError(
+            f"--reference {reference} does not exist: name an experiment directory, a "
+            "checkpoint, a packed zip or cached posteriors"
+        )
+    config = _config(options, "asr", systems)
+    settings["needs_reference"] = str(_is_open(config, "model_conf.reference")).lower()
+    decoded = config
+    if options["asr_exp"] and int(options["stage"]) > 11:  # it was trained before
+        existing = Path(options["asr_exp"], "config.yaml")
+        decoded = merge_files([str(existing)]) if existing.is_file() else config
+    layers = OmegaConf.select(decoded, "encoder_conf.num_blocks")
+    depths = _depths(options, "inference_depths", layers)
+    if not depths:
+        raise UserError('--inference_depths is empty: name depths, such as "12 6 2"')
+    settings["inference_depths"] = depths
+    _check_checkpoint(options, "inference_asr_model", decoded, options["asr_exp"])
+    _check_language_model(options)
+    return settings
+
+
+def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
+    """Check the options of sfm.sh; see `check_asr`."""
+    if not find_spec("transformers"):
+        raise UserError(
+            "distillation needs transformers: run tools/install.sh, or pip install "
+            "'dldkit[sfm]'"
+        )
+    settings = _check_common(options)
+    config = _config(options, "sfm", systems)
+    layers = OmegaConf.select(config, "student_conf.num_hidden_layers")
+    settings["export_depths"] = _depths(options, "export_depths", layers)
+    _check_checkpoint(options, "inference_model", config)
+    settings["teacher"] = options["teacher"] or os.environ.get("TEACHER", "")
+    if not settings["teacher"] and _runs(options, 9, 10, 11, 13):
+        raise UserError(
+            "there is no teacher: set --teacher, or TEACHER in the environment or "
+            "db.sh, to a directory or a Hugging Face name; with network, "
+            "facebook/hubert-base-ls960 or openai/whisper-tiny.en is downloaded"
+        )
+    teacher_layers = OmegaConf.select(config, "model_conf.teacher_layers") or []
+    if options["targets"] == "cached" and not teacher_layers:
+        raise UserError(
+            f"--sfm_config {options['sfm_config']} has to say model_conf: "
+            "teacher_layers for cached targets"
+        )
+    settings["teacher_layers"] = " ".join(map(str, teacher_layers))
+    if options["probe"] == "superb" and _runs(options, 13):
+        _check_superb(_words(options, "superb_args"))
+    return settings
+
+
+def _check_common(options: Mapping[str, str]) -> dict[str, str]:
+    """Check what the recipes have in common; return options in their plain form."""
+    for name, choices in CHOICES.items():
+        if options.get(name, choices[0]) not in choices:
+            allowed = ", ".join(choice for choice in choices if choice)
+            raise UserError(f"--{name} {options[name]}: choose one of {allowed}")
+    for name in ("stage", "stop_stage"):
+        _integer(name, options[name], 1, 15)
+    if int(options["stage"]) > int(options["stop_stage"]):
+        raise UserError(
+            f"--stage {options['stage']} comes after --stop_stage "
+            f"{options['stop_stage']}: nothing would run"
+        )
+    skipped = options["skip_stages"].replace(",", " ").split()
+    for stage in skipped:
+        _integer("skip_stages", stage, 1, 15)
+    for name, least in LEAST.items():
+        if name in options and options[name] != UNSET.get(name):
+            _integer(name, options[name], least)
+    if "frame_shift" in options:
+        _number("frame_shift", options["frame_shift"], 0.0)
+    longest = _number("max_wav_duration", options["max_wav_duration"], 0.0)
+    if _number("min_wav_duration", options["min_wav_duration"], -1e-9) >= longest:
+        raise UserError(
+            f"--min_wav_duration {options['min_wav_duration']} is not below "
+            f"--max_wav_duration {options['max_wav_duration']}: no utterance would be "
+            "left"
+        )
+    for name in FILES:
+        _check_file(name, options.get(name, ""))
+    for name in DIRECTORIES:
+        _check_directory(name, options.get(name, ""))
+    for name in ARGUMENTS:
+        _words(options, name)
+    _check_sets(options)
+    if options["hf_repo"] and not re.fullmatch(r"[\w.-]+/[\w.-]+", options["hf_repo"]):
+        raise UserError(f"--hf_repo {options['hf_repo']}: write user/name")
+    places = {"--cmd", "--host"} & set(_words(options, "launch_args"))
+    if int(options["num_nodes"]) > 1 and not places:
+        raise UserError(
+            f"--num_nodes {options['num_nodes']}: say where they are, such as "
+            '--launch_args "--host node1,node2" or --launch_args "--cmd slurm.pl"'
+        )
+    return {"fs": _sampling_rate(options["fs"]), "skip_stages": " ".join(skipped)}
+
+
+def _check_sets(options: Mapping[str, str]) -> None:
+    for name in ("train_set", "valid_set"):
+        if not re.fullmatch(r"[^\s/,]+", options[name]):
+            raise UserError(f'--{name} "{options[name]}": name a directory of data/')
+    if options["train_set"] == options["valid_set"]:
+        raise UserError(
+            f"--train_set and --valid_set are both {options['train_set']}: the best "
+            "model is chosen on the validation set, so name another one"
+        )
+
+
+def _sampling_rate(text: str) -> str:
+    try:
+        rate = humanfriendly.parse_size(text)
+    except humanfriendly.InvalidSize:
+        rate = 0
+    if rate < 1:
+        raise UserError(f"--fs {text}: write a sampling rate in Hz, as 16000 or 16k")
+    return str(rate)
+
+
+def _integer(name: str, text: str, least: int, most: float = math.inf) -> None:
+    if re.fullmatch(r"\d+", text) and least <= int(text) <= most:
+        return
+    bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+    unset = f", or {UNSET[name] or 'nothing'}" if name in UNSET else ""
+    raise UserError(f"--{name} {text}: write an integer {bounds}{unset}")
+
+
+def _number(name: str, text: str, above: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not above < number < math.inf:
+        raise UserError(f"--{name} {text}: write a number above {max(above, 0):g}")
+    return number
+
+
+def _words(options: Mapping[str, str], name: str) -> list[str]:
+    try:
+        return shlex.split(options.get(name, ""))
+    except ValueError as error:
+        raise UserError(f"--{name} {options[name]}: {error}") from None
+
+
+def _check_file(name: str, text: str) -> None:
+    # of --init_param's FILE:SOURCE:TARGET:EXCLUDE, only the first is a file
+    path = Path(text.partition(":")[0] if name == "pretrained_model" else text)
+    if text and text != "none" and not path.is_file():
+        raise UserError(f"--{name} {path}: there is no such file")
+
+
+def _check_directory(name: str, text: str) -> None:
+    if re.search("[,\n]", text):  # ESPnet separates file, name and type by commas
+        raise UserError(f"--{name} {text}: choose a path without commas")
+    for path in (Path(text), *Path(text).parents):
+        if path.is_file():
+            raise UserError(f"--{name} {text}: {path} is a file; choose a directory")
+
+
+def _config(options: Mapping[str, str], kind: str, systems: Path) -> DictConfig:
+    """Return the training config of `--system`, with the options of --asr_args."""
+    name = f"{options['system']}.yaml"
+    # the recipe's own conf/systems may change a shared system, or add one
+    files = [systems / name, Path("conf", "systems", name)]
+    files = [str(file) for file in files if file.is_file()]
+    if not files:
+        known = {file.stem for file in systems.glob("*.yaml")}
+        known |= {file.stem for file in Path("conf", "systems").glob("*.yaml")}
+        raise UserError(
+            f"--system {options['system']}: there is no {name} in {systems} or "
+            f"conf/systems; choose one of {', '.join(sorted(known))}"
+        )
+    config = merge_files([options[f"{kind}_config"], *files])
+    given = _by_name(_words(options, f"{kind}_args"))
+    return OmegaConf.merge(config, *(_overrides(*item) for item in given))
+
+
+def _by_name(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Cut `--a 1 --b=2 3` into [(a, [1]), (b, [2, 3])]."""
+    given: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            given.append((name, [value] if equals else []))
+        elif given:
+            given[-1][1].append(word)
+    return given
+
+
+def _overrides(name: str, values: list[str]) -> DictConfig:
+    """Return what one option of ESPnet's training commands sets in the config."""
+    if name.endswith("_conf"):
+        return OmegaConf.from_dotlist(
+            [f"{name}.{value}" for value in values if "=" in value]
+        )
+    value: Any = [yaml.safe_load(value) for value in values]
+    return OmegaConf.create({name: value[0] if len(value) == 1 else value})
+
+
+def _is_open(config: DictConfig, key: str) -> bool:
+    """Whether the config leaves a key to the recipe, by ???."""
+    return key in OmegaConf.missing_keys(config)
+
+
+def _depths(options: Mapping[str, str], name: str, layers: Any) -> str:
+    """Return "12,6 2" as "12 6 2"."""
+    depths = options[name].replace(",", " ").split()
+    for depth in depths:
+        if not re.fullmatch(r"\d+", depth) or int(depth) < 1:
+            raise UserError(
+                f'--{name} {options[name]}: write numbers of layers, such as "12 6 2"'
+            )
+        if isinstance(layers, int) and int(depth) > layers:
+            raise UserError(
+                f"--{name} {options[name]}: the encoder has {layers} layers, so choose "
+                f"depths from 1 to {layers}"
+            )
+    return " ".join(dict.fromkeys(depths))
+
+
+def _check_checkpoint(
+    options: Mapping[str, str], option: str, config: DictConfig, exp: str = ""
+) -> None:
+    """Refuse a checkpoint that the training will not make."""
+    name = options[option]
+    if name == "latest.pth" or (exp and Path(exp, name).is_file()):
+        return
+    epochs = config.get("max_epoch", 40)
+    if match := re.fullmatch(r"(\d+)epoch\.pth", name):
+        if 1 <= int(match[1]) <= epochs:
+            return
+        raise UserError(f"--{option} {name}: the training has {epochs} epochs")
+    criteria = config.get("best_model_criterion", CRITERIA)
+    criteria = [criteria] if isinstance(criteria, str) else criteria
+    criteria = [c.split(",") if isinstance(c, str) else list(c) for c in criteria]
+    kept = config.get("keep_nbest_models", 10)
+    kept = [kept] if isinstance(kept, int) else list(kept)
+    averages = {f"ave_{n}best" for n in {1, *kept}}
+    made = [f"{phase}.{value}" for phase, value, *_ in criteria]
+    for best in made:
+        if name in {f"{best}.{kind}.pth" for kind in {"best", "ave", *averages}}:
+            return
+    raise UserError(
+        f"--{option} {name}: this training will not make it; its config "
+        f"(best_model_criterion, keep_nbest_models) makes "
+        + ", ".join(f"{best}.ave.pth, {best}.best.pth" for best in made)
+        + " and latest.pth"
+    )
+
+
+def _check_language_model(options: Mapping[str, str]) -> None:
+    if options["use_lm"] != "true":
+        return
+    if not options["lm_exp"] and not options["lm_file"]:
+        raise UserError(
+            "--use_lm true: name the experiment directory of an existing language "
+            "model with --lm_exp, or its checkpoint with --lm_file"
+        )
+    lm_file = options["lm_file"] or f"{options['lm_exp']}/valid.loss.ave.pth"
+    lm_exp = options["lm_exp"] or str(Path(lm_file).parent)
+    for needed in (lm_file, f"{lm_exp}/config.yaml"):
+        if not Path(needed).is_file():
+            raise UserError(f"--use_lm true: there is no {needed}; train it in ESPnet")
+    given = dict(_by_name(_words(options, "inference_args")))
+    if options["inference_config"]:
+        given |= merge_files([options["inference_config"]])
+    if "beam_size" not in given:
+        raise UserError(
+            "--use_lm true: greedy search takes no language model; say "
+            '--inference_args "--beam_size 10"'
+        )
+
+
+def _check_superb(words: Sequence[str]) -> None:
+    from dldkit.sfm.superb import CORPORA, check_tasks
+
+    given = {name: " ".join(values) for name, values in _by_name(words)}
+    corpora = {c: given.get(c) or os.environ.get(c.upper()) for c in CORPORA}
+    dscore = given.get("dscore") or os.environ.get("DSCORE")
+    check_tasks(given.get("tasks", "").split(), corpora, dscore)
+
+
+def _runs(options: Mapping[str, str], *stages: int) -> bool:
+    """Whether one of these stages is to be run."""
+    first, last = int(options["stage"]), int(options["stop_stage"])
+    skipped = options["skip_stages"].replace(",", " ").split()
+    skipped += ["13"] if options["skip_eval"] == "true" else []
+    skipped += ["9", "10", "11"] if options["skip_train"] == "true" else []
+    return any(first <= n <= last and str(n) not in skipped for n in stages)
