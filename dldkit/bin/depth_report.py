@@ -13,6 +13,7 @@ from espnet2.utils.types import str_or_none
 from dldkit.asr.report import make_report
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError, report_user_errors
+from dldkit.step import Step
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -99,14 +100,24 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         if args[name] < least:
             raise UserError(f"--{name} {args[name]}: it can not be less than {least}")
     argv = sys.argv[1:] if cmd is None else cmd
-    args.update(
-        systems=parse_systems(args.pop("system")),
-        test_sets=args["test_sets"].split(),
-        depths=parse_depths(args["depths"]),
-        command=shlex.join(["python3", "-m", "dldkit.bin.depth_report", *argv]),
-    )
-    print(make_report(**args))
-    print(f"\nwritten: {Path(args['output_dir']) / 'RESULTS.md'}")
+    systems, output_dir = parse_systems(args.pop("system")), Path(args["output_dir"])
+    texts = {
+        f"{name}/{text.relative_to(exp)}": text
+        for name, exp in systems.items()
+        for text in sorted(exp.glob(f"{args['inference_tag']}/*/*/text"))
+    }
+    record = output_dir / ".depth_report"
+    with Step(record, texts, keep=True, argv=list(argv)) as step:
+        if step.done and (output_dir / "RESULTS.md").is_file():
+            return
+        args.update(
+            systems=systems,
+            test_sets=args["test_sets"].split(),
+            depths=parse_depths(args["depths"]),
+            command=shlex.join(["python3", "-m", "dldkit.bin.depth_report", *argv]),
+        )
+        print(make_report(**args))
+    print(f"\nwritten: {output_dir / 'RESULTS.md'}")
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ if run_stage 1 "${skip_data_prep}"; then
     log "Stage 1: Data preparation: data/"
     mapfile -t options < <(words "${local_data_opts}")
     local/data.sh "${options[@]}"
-    read -r -a dirs <<<"${unperturbed_set} ${valid_set} ${test_sets}"
+    mapfile -t dirs < <(words "${unperturbed_set} ${valid_set} ${test_sets}" | sort -u)
     "${python}" -m dldkit.bin.validate_data "${dirs[@]/#/data/}"
 fi
 

@@ -90,7 +90,7 @@ run_training() { # run_training EXP COMMAND...
 }
 
 quote() { # quote ARG: as the shell reads it, without needless backslashes
-    if [[ $1 =~ ^[A-Za-z0-9_./,:=+-]+$ ]]; then echo -n "$1"; else printf %q "$1"; fi
+    if [[ $1 =~ ^[A-Za-z0-9_./,:=+-]+$ ]]; then echo -n "$1"; else echo -n "${1@Q}"; fi
 }
 
 write_run_sh() { # write_run_sh EXP COMMAND...: EXP/run.sh, which runs and resumes it
