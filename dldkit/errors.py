@@ -17,7 +17,8 @@ def report_user_errors(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            lines = [line.strip() for line in str(error).splitlines()]
+            print(f"error: {' '.join(lines)}", file=sys.stderr)
             sys.exit(1)
 
     return reporting

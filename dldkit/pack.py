@@ -18,6 +18,7 @@ from espnet2.main_funcs.pack_funcs import unpack
 from torch import __version__ as torch_version
 
 import dldkit
+from dldkit.depth.profile import OLD_NAME, profile_path
 from dldkit.errors import UserError
 from dldkit.step import Step, digest
 
@@ -25,9 +26,14 @@ PathLike = str | Path
 
 # What inference reads besides the checkpoint, by its place in the config. A zip names
 # them as ./NAME: ESPnet's unpack and its downloader resolve that, and so do we.
-NAMED = ("token_list", "bpemodel", "non_linguistic_symbols", "normalize_conf.stats_file")
-BESIDE = ("train.yaml", "RESULTS.md", "depth_profile.pth", "probe.json")
-BESIDE += ("wer_vs_depth.png", "images")
+NAMED = (
+    "token_list",
+    "bpemodel",
+    "non_linguistic_symbols",
+    "normalize_conf.stats_file",
+)
+BESIDE = ("train.yaml", "RESULTS.md", "wer_vs_depth.png", "images", OLD_NAME)
+BESIDE += ("probe.json",)
 
 _RECOGNISE = """
 import json, sys
@@ -121,6 +127,9 @@ def _pack(
             raise UserError(f"{needed} does not exist: train the model first")
     config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     files = {model_file.name: model_file, **_bring_along(config, exp)}
+    if profile_path(model_file).is_file():  # in the zip, links are files
+        name = profile_path(model_file.name).name
+        files[name] = profile_path(model_file)
     for top in (exp / name for name in beside):
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
             name = path.relative_to(exp)

@@ -36,7 +36,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--inference_tag", required=True, help="results are in EXP/TAG/depthN/SET")
     add("--inference_asr_model", required=True, help="the model file in EXP")
     add("--output_dir", required=True, help="for RESULTS.md, results.json and the plot")
-    add("--selector", choices=list(SELECTORS), default="even", help="as in decoding")
+    add("--selector", choices=list(SELECTORS), help="as in decoding")
     add(
         "--depth_profile",
         type=str_or_none,

@@ -1,0 +1,255 @@
+"""Options of the recipes: what can not work is refused before the first stage."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+AN4 = ROOT / "egs2" / "mini_an4" / "asr1"  # a model of four layers
+DISTILL = ROOT / "egs2" / "digits" / "ssl1"  # a student of twelve
+
+
+def run_recipe(recipe, *words, shell=(), **variables):
+    """Run `run.sh`; return its status and what it printed."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "TEACHER": "/any/teacher",
+        **variables,
+    }
+    process = subprocess.run(
+        [*shell, "./run.sh", *map(str, words)],
+        cwd=recipe,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    return process.returncode, process.stdout
+
+
+BAD_ASR = """
+--stage two                         | --stage is a number
+--stage 1.5                         | --stage 1.5: write an integer from 1 to 15
+--stop_stage 16                     | --stop_stage 16: write an integer from 1 to 15
+--stage 5 --stop_stage 4            | --stage 5 comes after --stop_stage 4
+--skip_stages "2 x"                 | --skip_stages x: write an integer from 1 to 15
+--skip_train yes                    | --skip_train is true or false
+--fs 0                              | --fs 0: write a sampling rate in Hz, as 16000 or 16k
+--fs -8000                          | --fs -8000: write a sampling rate
+--nj 0                              | --nj 0: write an integer of at least 1
+--ngpu many                         | --ngpu many: write an integer of at least 0, or auto
+--seed x                            | --seed x: write an integer of at least 0, or nothing
+--system nope                       | there is no nope.yaml .* choose one of dld, early
+--valid_set train_nodev             | --train_set and --valid_set are both train_nodev
+--train_set ""                      | --train_set "": name a directory of data/
+--train_set data/train              | --train_set "data/train": name a directory
+--test_sets ""                      | --test_sets is empty
+--inference_depths 5                | the encoder has 4 layers, so choose depths from 1 to 4
+--inference_depths 4,0              | write numbers of layers, such as "12 6 2"
+--inference_depths "4 half"         | write numbers of layers, such as "12 6 2"
+--inference_depths ""               | --inference_depths is empty
+--asr_args "--encoder_conf num_blocks=2" --inference_depths "4 2" | encoder has 2 layers
+--inference_asr_model valid.acc.ave.pth       | makes valid.loss_ctc.ave.pth, .* latest.pth
+--inference_asr_model valid.loss_ctc.ave_5best.pth | this training will not make it
+--inference_asr_model 3epoch.pth    | --inference_asr_model 3epoch.pth: .* has 2 epochs
+--feats_type mfcc                   | --feats_type mfcc: choose one of raw, fbank, extracted
+--token_type phone                  | --token_type phone: choose one of char, bpe, word
+--audio_format mp3                  | --audio_format mp3: choose one of flac, wav
+--kd_source dead                    | --kd_source dead: choose one of live, cached
+--selector middle                   | --selector middle: choose one of even, prefix
+--feats_normalize cmvn              | --feats_normalize cmvn: choose one of global_mvn
+--speed_perturb_factors "0.9 fast"  | --speed_perturb_factors fast: write a number above 0
+--min_wav_duration 9 --max_wav_duration 3 | --min_wav_duration 9 is not below
+--asr_config conf/nope.yaml         | --asr_config conf/nope.yaml: there is no such file
+--asr_config run.sh                 | run.sh can not be merged
+--inference_config nope.yaml        | --inference_config nope.yaml: there is no such file
+--parallel_config nope.yaml         | --parallel_config nope.yaml: there is no such file
+--pretrained_model nope.pth:a:b     | --pretrained_model nope.pth: there is no such file
+--reference exp/nope                | --reference exp/nope does not exist: name an experiment
+--expdir run.sh/exp                 | --expdir run.sh/exp: run.sh is a file
+--dumpdir a,b                       | --dumpdir a,b: choose a path without commas
+--asr_args "--a 'b"                 | --asr_args --a 'b: No closing quotation
+--use_lm true                       | name the experiment directory of an existing language
+--use_lm true --lm_exp nope         | there is no nope/valid.loss.ave.pth
+--num_nodes 2                       | --num_nodes 2: say where they are, .*--host
+--hf_repo model                     | --hf_repo model: write user/name
+--python /bin/false                 | run tools/install.sh
+"""
+
+BAD_SFM = """
+--system nope                       | there is no nope.yaml .* choose one of full, gradstack
+--targets dead                      | --targets dead: choose one of live, cached
+--probe nope                        | --probe nope: choose one of probe, superb, none
+--valid_set train                   | --train_set and --valid_set are both train
+--export_depths 13                  | the encoder has 12 layers, so choose depths from 1
+--inference_model valid.acc.ave.pth | this training will not make it; .* valid.loss.ave.pth
+--sfm_args "--model_conf teacher_layers=null" | has to say model_conf: teacher_layers
+--probe superb                      | SUPERB has nothing to run: name the directory
+--probe superb --superb_args "--tasks pr"     | (PR needs a corpus: name its|SUPERB needs .*install.sh)
+--probe superb --superb_args "--tasks nope"   | --tasks nope: choose from pr ks
+"""
+
+
+def table(text):
+    return [re.split(r" +\| ", line) for line in text.strip().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "recipe, words, complaint",
+    [(AN4, *row) for row in table(BAD_ASR)]
+    + [(DISTILL, *row) for row in table(BAD_SFM)],
+)
+def test_bad_options_end_with_one_line(recipe, words, complaint):
+    before = {path for path in recipe.iterdir() if path.name != "run.log"}
+    corpora = dict(LIBRISPEECH="", VOXCELEB1="", SNIPS="", IEMOCAP="")
+
+    status, printed = run_recipe(recipe, *shlex.split(words), **corpora)
+
+    assert status in (1, 2)
+    assert re.fullmatch(f"error: .*{complaint}.*\n", printed), printed
+    assert {path for path in recipe.iterdir() if path.name != "run.log"} == before
+
+
+def test_a_distillation_without_a_teacher_or_a_corpus_of_superb(tmp_path):
+    status, printed = run_recipe(DISTILL, TEACHER="")
+    assert status == 1 and "there is no teacher: set --teacher, or TEACHER" in printed
+    words = ["--probe", "superb", "--stage", "13", "--superb_args"]
+    status, printed = run_recipe(DISTILL, *words, f"--iemocap '{tmp_path}'")
+    lacking = f"--iemocap {tmp_path} .*has no Session1|SUPERB needs .*install.sh"
+    assert status == 1 and re.match(f"error: ({lacking})", printed)
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash"])
+@pytest.mark.parametrize("recipe", [AN4, DISTILL], ids=lambda path: path.parent.name)
+def test_another_shell_is_told_that_it_needs_bash(shell, recipe):
+    if os.path.realpath(f"/bin/{shell}").endswith("bash"):
+        pytest.skip(f"{shell} is bash here")
+    status, printed = run_recipe(recipe, shell=[shell])
+    assert (status, printed) == (1, "error: ./run.sh needs bash: bash ./run.sh\n")
+
+
+# ---------------------------------------------------------------- what is accepted
+
+
+def defaults(script):
+    """The options of a script with their defaults, as the shell passes them."""
+    lines = script.read_text().split("options.sh")[0].splitlines()
+    found = (re.match(r"([a-z_]+)=(.*?)  # ", line) for line in lines)
+    return {m[1]: m[2].strip('"') for m in found if m}
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Return a function that checks asr.sh's options for a model of six layers."""
+    from dldkit.recipe import check_asr
+
+    monkeypatch.chdir(tmp_path)
+    Path("conf").mkdir()
+    config = dict(
+        encoder_conf=dict(num_blocks=6),
+        best_model_criterion=[["valid", "loss_ctc", "min"]],
+        keep_nbest_models=[3, 5],
+        max_epoch=8,
+    )
+    Path("conf/train_asr.yaml").write_text(yaml.safe_dump(config))
+    options = defaults(ROOT / "egs2/TEMPLATE/asr1/asr.sh")
+    options.update(test_sets="test", inference_depths="6 2")
+
+    def run(**changes):
+        assert not set(changes) - set(options)
+        return check_asr({**options, **changes}, ROOT / "conf" / "systems")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "text, rate", [("16k", "16000"), ("22.05k", "22050"), ("8000", "8000")]
+)
+def test_sampling_rates(check, text, rate):
+    assert check(fs=text)["fs"] == rate
+
+
+@pytest.mark.parametrize("text", ["6 4 2", "6,4,2", "6, 4, 2", "6 4 4 2"])
+def test_depths_with_spaces_or_commas(check, text):
+    assert check(inference_depths=text)["inference_depths"] == "6 4 2"
+
+
+def test_layers_count_as_the_training_will_have_them(check):
+    words = "--encoder_conf num_blocks=12 --max_epoch 3"
+    assert check(asr_args=words, inference_depths="12")["inference_depths"] == "12"
+    words = "--encoder_conf=num_blocks=12 --encoder_conf output_size=8"
+    assert check(asr_args=words, inference_depths="12")["inference_depths"] == "12"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "valid.loss_ctc.ave.pth",
+        "valid.loss_ctc.best.pth",
+        "valid.loss_ctc.ave_5best.pth",
+        "valid.loss_ctc.ave_3best.pth",
+        "latest.pth",
+        "8epoch.pth",
+    ],
+)
+def test_checkpoints_that_the_training_makes(check, name):
+    check(inference_asr_model=name)
+
+
+def test_criteria_of_the_command_line_count(check):
+    words = "--best_model_criterion valid,acc,max train,loss,min --keep_nbest_models 2"
+    for name in ("valid.acc.ave_2best.pth", "train.loss.best.pth"):
+        check(asr_args=words, inference_asr_model=name)
+
+
+@pytest.mark.parametrize(
+    "system, needed",
+    [
+        ("dld", "true"),
+        ("rd", "false"),
+        ("static", "false"),
+        ("early_exit", "false"),
+        ("stochastic_depth", "false"),
+    ],
+)
+def test_which_systems_need_a_reference(check, system, needed):
+    assert check(system=system)["needs_reference"] == needed
+
+
+def test_a_system_of_the_recipe_s_own(check):
+    Path("conf/systems").mkdir()
+    Path("conf/systems/mine.yaml").write_text("model_conf:\n  reference: ???\n")
+    assert check(system="mine")["needs_reference"] == "true"
+    Path("conf/systems/dld.yaml").write_text("model_conf: {reference: exp/x}\n")
+    assert check(system="dld")["needs_reference"] == "false"
+
+
+def test_a_trained_experiment_says_its_own_layers_and_checkpoints(check):
+    exp = Path("exp/mine")
+    exp.mkdir(parents=True)
+    (exp / "config.yaml").write_text("encoder_conf: {num_blocks: 12}\n")
+    (exp / "old.pth").touch()
+    trained = dict(asr_exp=str(exp), inference_asr_model="old.pth", stage="12")
+    assert check(**trained, inference_depths="12")["inference_depths"] == "12"
+
+
+def test_a_language_model_needs_a_beam(check):
+    from dldkit.errors import UserError
+
+    lm = Path("exp/lm")
+    lm.mkdir(parents=True)
+    for name in ("config.yaml", "valid.loss.ave.pth", "5epoch.pth"):
+        (lm / name).touch()
+    with pytest.raises(UserError, match="greedy search takes no language model"):
+        check(use_lm="true", lm_exp=str(lm))
+    check(use_lm="true", lm_exp=str(lm), inference_args="--beam_size 5")
+    Path("beam.yaml").write_text("beam_size: 5\n")
+    check(use_lm="true", lm_file=str(lm / "5epoch.pth"), inference_config="beam.yaml")
