@@ -39,7 +39,8 @@ _RECOGNISE = """
 import json, sys
 import numpy
 from dldkit.asr.inference import Speech2Text
-text, *_, hypothesis = Speech2Text.from_pretrained(sys.argv[1])(numpy.load(sys.argv[2]))[0]
+recognise = Speech2Text.from_pretrained(sys.argv[1])
+text, *_, hypothesis = recognise(numpy.load(sys.argv[2]))[0]
 print(json.dumps([text, float(hypothesis.score)]))
 """
 

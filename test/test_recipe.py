@@ -36,65 +36,65 @@ def run_recipe(recipe, *words, shell=(), **variables):
 
 
 BAD_ASR = """
---stage two                         | --stage is a number
---stage 1.5                         | --stage 1.5: write an integer from 1 to 15
---stop_stage 16                     | --stop_stage 16: write an integer from 1 to 15
---stage 5 --stop_stage 4            | --stage 5 comes after --stop_stage 4
---skip_stages "2 x"                 | --skip_stages x: write an integer from 1 to 15
---skip_train yes                    | --skip_train is true or false
---fs 0                              | --fs 0: write a sampling rate in Hz, as 16000 or 16k
---fs -8000                          | --fs -8000: write a sampling rate
---nj 0                              | --nj 0: write an integer of at least 1
---ngpu many                         | --ngpu many: write an integer of at least 0, or auto
---seed x                            | --seed x: write an integer of at least 0, or nothing
---system nope                       | there is no nope.yaml .* choose one of dld, early
---valid_set train_nodev             | --train_set and --valid_set are both train_nodev
---train_set ""                      | --train_set "": name a directory of data/
---train_set data/train              | --train_set "data/train": name a directory
---test_sets ""                      | --test_sets is empty
---inference_depths 5                | the encoder has 4 layers, so choose depths from 1 to 4
---inference_depths 4,0              | write numbers of layers, such as "12 6 2"
---inference_depths "4 half"         | write numbers of layers, such as "12 6 2"
---inference_depths ""               | --inference_depths is empty
+--stage two | --stage is a number
+--stage 1.5 | --stage 1.5: write an integer from 1 to 15
+--stop_stage 16 | --stop_stage 16: write an integer from 1 to 15
+--stage 5 --stop_stage 4 | --stage 5 comes after --stop_stage 4
+--skip_stages "2 x" | --skip_stages x: write an integer from 1 to 15
+--skip_train yes | --skip_train is true or false
+--fs 0 | --fs 0: write a sampling rate in Hz, as 16000 or 16k
+--fs -8000 | --fs -8000: write a sampling rate
+--nj 0 | --nj 0: write an integer of at least 1
+--ngpu many | --ngpu many: write an integer of at least 0, or auto
+--seed x | --seed x: write an integer of at least 0, or nothing
+--system nope | there is no nope.yaml .* choose one of dld, early
+--valid_set train_nodev | --train_set and --valid_set are both train_nodev
+--train_set "" | --train_set "": name a directory of data/
+--train_set data/train | --train_set "data/train": name a directory
+--test_sets "" | --test_sets is empty
+--inference_depths 5 | the encoder has 4 layers, so choose depths from 1 to 4
+--inference_depths 4,0 | write numbers of layers, such as "12 6 2"
+--inference_depths "4 half" | write numbers of layers, such as "12 6 2"
+--inference_depths "" | --inference_depths is empty
 --asr_args "--encoder_conf num_blocks=2" --inference_depths "4 2" | encoder has 2 layers
---inference_asr_model valid.acc.ave.pth       | makes valid.loss_ctc.ave.pth, .* latest.pth
+--inference_asr_model valid.acc.ave.pth | makes valid.loss_ctc.ave.pth, .* latest.pth
 --inference_asr_model valid.loss_ctc.ave_5best.pth | this training will not make it
---inference_asr_model 3epoch.pth    | --inference_asr_model 3epoch.pth: .* has 2 epochs
---feats_type mfcc                   | --feats_type mfcc: choose one of raw, fbank, extracted
---token_type phone                  | --token_type phone: choose one of char, bpe, word
---audio_format mp3                  | --audio_format mp3: choose one of flac, wav
---kd_source dead                    | --kd_source dead: choose one of live, cached
---selector middle                   | --selector middle: choose one of even, prefix
---feats_normalize cmvn              | --feats_normalize cmvn: choose one of global_mvn
---speed_perturb_factors "0.9 fast"  | --speed_perturb_factors fast: write a number above 0
+--inference_asr_model 3epoch.pth | --inference_asr_model 3epoch.pth: .* has 2 epochs
+--feats_type mfcc | --feats_type mfcc: choose one of raw, fbank, extracted
+--token_type phone | --token_type phone: choose one of char, bpe, word
+--audio_format mp3 | --audio_format mp3: choose one of flac, wav
+--kd_source dead | --kd_source dead: choose one of live, cached
+--selector middle | --selector middle: choose one of even, prefix
+--feats_normalize cmvn | --feats_normalize cmvn: choose one of global_mvn
+--speed_perturb_factors "0.9 fast" | --speed_perturb_factors fast: write a number above
 --min_wav_duration 9 --max_wav_duration 3 | --min_wav_duration 9 is not below
---asr_config conf/nope.yaml         | --asr_config conf/nope.yaml: there is no such file
---asr_config run.sh                 | run.sh can not be merged
---inference_config nope.yaml        | --inference_config nope.yaml: there is no such file
---parallel_config nope.yaml         | --parallel_config nope.yaml: there is no such file
---pretrained_model nope.pth:a:b     | --pretrained_model nope.pth: there is no such file
---reference exp/nope                | --reference exp/nope does not exist: name an experiment
---expdir run.sh/exp                 | --expdir run.sh/exp: run.sh is a file
---dumpdir a,b                       | --dumpdir a,b: choose a path without commas
---asr_args "--a 'b"                 | --asr_args --a 'b: No closing quotation
---use_lm true                       | name the experiment directory of an existing language
---use_lm true --lm_exp nope         | there is no nope/valid.loss.ave.pth
---num_nodes 2                       | --num_nodes 2: say where they are, .*--host
---hf_repo model                     | --hf_repo model: write user/name
---python /bin/false                 | run tools/install.sh
+--asr_config conf/nope.yaml | --asr_config conf/nope.yaml: there is no such file
+--asr_config run.sh | run.sh can not be merged
+--inference_config nope.yaml | --inference_config nope.yaml: there is no such file
+--parallel_config nope.yaml | --parallel_config nope.yaml: there is no such file
+--pretrained_model nope.pth:a:b | --pretrained_model nope.pth: there is no such file
+--reference exp/nope | --reference exp/nope does not exist: name an experiment
+--expdir run.sh/exp | --expdir run.sh/exp: run.sh is a file
+--dumpdir a,b | --dumpdir a,b: choose a path without commas
+--asr_args "--a 'b" | --asr_args --a 'b: No closing quotation
+--use_lm true | name the experiment directory of an existing language
+--use_lm true --lm_exp nope | there is no nope/valid.loss.ave.pth
+--num_nodes 2 | --num_nodes 2: say where they are, .*--host
+--hf_repo model | --hf_repo model: write user/name
+--python /bin/false | run tools/install.sh
 """
 
 BAD_SFM = """
---system nope                       | there is no nope.yaml .* choose one of full, gradstack
---targets dead                      | --targets dead: choose one of live, cached
---probe nope                        | --probe nope: choose one of probe, superb, none
---valid_set train                   | --train_set and --valid_set are both train
---export_depths 13                  | the encoder has 12 layers, so choose depths from 1
---inference_model valid.acc.ave.pth | this training will not make it; .* valid.loss.ave.pth
+--system nope | there is no nope.yaml .* choose one of full, gradstack
+--targets dead | --targets dead: choose one of live, cached
+--probe nope | --probe nope: choose one of probe, superb, none
+--valid_set train | --train_set and --valid_set are both train
+--export_depths 13 | the encoder has 12 layers, so choose depths from 1
+--inference_model valid.acc.ave.pth | will not make it; .* valid.loss.ave.pth
 --sfm_args "--model_conf teacher_layers=null" | has to say model_conf: teacher_layers
---probe superb                      | SUPERB has nothing to run: name the directory
---probe superb --superb_args "--tasks pr"     | (PR needs a corpus: name its|SUPERB needs .*install.sh)
---probe superb --superb_args "--tasks nope"   | --tasks nope: choose from pr ks
+--probe superb | SUPERB has nothing to run: name the directory
+--probe superb --superb_args "--tasks pr" | (PR needs a corp|SUPERB needs .*install)
+--probe superb --superb_args "--tasks nope" | --tasks nope: choose from pr ks
 """
 
 
