@@ -70,7 +70,7 @@ def resolve(config: Mapping[str, Any], directory: PathLike) -> dict[str, Any]:
     directory, resolved = Path(directory), dict(config)
     for key, path in named_files(config).items():
         beside = directory / Path(path).name
-        bare = path == Path(path).name
+        bare = Path(path) == Path(Path(path).name)  # also ./NAME, as in a packed zip
         if beside.is_file() and (bare or not Path(path).is_file()):
             _set(resolved, key, str(beside))
         elif not Path(path).is_file():

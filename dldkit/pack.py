@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import yaml
 from espnet2 import __version__ as espnet_version
@@ -18,20 +17,13 @@ from espnet2.main_funcs.pack_funcs import unpack
 from torch import __version__ as torch_version
 
 import dldkit
+from dldkit.config_files import BARE_NAMES, named_files, resolve
 from dldkit.depth.profile import OLD_NAME, profile_path
 from dldkit.errors import UserError
 from dldkit.step import Step, digest
 
 PathLike = str | Path
 
-# What inference reads besides the checkpoint, by its place in the config. A zip names
-# them as ./NAME: ESPnet's unpack and its downloader resolve that, and so do we.
-NAMED = (
-    "token_list",
-    "bpemodel",
-    "non_linguistic_symbols",
-    "normalize_conf.stats_file",
-)
 BESIDE = ("train.yaml", "RESULTS.md", "wer_vs_depth.png", "images", OLD_NAME)
 BESIDE += ("probe.json",)
 
@@ -127,7 +119,12 @@ def _pack(
         if not needed.is_file():
             raise UserError(f"{needed} does not exist: train the model first")
     config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    files = {model_file.name: model_file, **_bring_along(config, exp)}
+    files = {model_file.name: model_file}
+    for key, path in named_files(resolve(config, exp)).items():
+        # ./NAME is what ESPnet's unpack, its downloader and we find beside the config
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = f"./{BARE_NAMES[key]}"
+        files[BARE_NAMES[key]] = Path(path)
     if profile_path(model_file).is_file():  # in the zip, links are files
         name = profile_path(model_file.name).name
         files[name] = profile_path(model_file)
@@ -163,27 +160,6 @@ def _pack(
             if check:
                 check(archive, Path(work))
             archive.replace(outpath)
-
-
-def _bring_along(config: dict[str, Any], exp: Path) -> dict[str, Path]:
-    """Return the files that a config names, and make it name them as ./NAME."""
-    found = {}
-    for place in NAMED:
-        part, _, key = place.rpartition(".")
-        options = config.get(part) or {} if part else config
-        value = options.get(key)
-        if not isinstance(value, str) or value == "none":
-            continue  # a list of tokens, or nothing
-        # experiments of old name them as seen from the recipe
-        paths = [path for path in (exp / value, Path(value)) if path.is_file()]
-        if not paths:
-            raise UserError(
-                f"{exp}/config.yaml names {value} ({place}), which is neither there "
-                "nor in the working directory: pack from the recipe's directory"
-            )
-        found[paths[0].name] = paths[0]
-        options[key] = f"./{paths[0].name}"
-    return found
 
 
 def _elsewhere(arguments: Sequence[PathLike], work: Path) -> str:

@@ -135,14 +135,14 @@ show_progress() { # the readable part of a training log
         case ${line} in
             *"epoch results: "*) ;;
             *"epoch started."* | *"training was resumed"* | *"has already reached"*) ;;
-            *" is finished already"* | *" is in use by "* | *" WARNING: "*dldkit*) ;;
+            *"(step:"*) ;; # done already, in use by another, begun with other options
             *"batch: "*) # of these, one in ten seconds
                 if [ $((SECONDS - shown)) -lt 10 ]; then continue; fi
                 ;;
             *) continue ;;
         esac
         shown=${SECONDS}
-        sed -E -e 's/^\[.*(INFO|WARNING): //' \
+        sed -E -e 's/^\[.*(INFO|WARNING|ERROR): //' \
             -e 's/\b((iter|forward|backward|optim_step|train)_time|optim[0-9]_lr[0-9]|clip|grad_norm|loss_scale|total_count|gpu_max_cached_mem_GB)=[^][,]*(, |$)//g' \
             -e 's/\b[a-z0-9_]+=nan(, |$)//g' -e 's/^/    /; s/, $//' <<<"${line}"
     done

@@ -13,4 +13,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
     --token_type word \
     --max_wav_duration 15 \
     --inference_depths "12 10 8 6 4 2" \
+    --license cc-by-sa-4.0 \
     "$@"
