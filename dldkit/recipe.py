@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -154,13 +155,27 @@ def _check_common(options: Mapping[str, str]) -> dict[str, str]:
     _check_sets(options)
     if options["hf_repo"] and not re.fullmatch(r"[\w.-]+/[\w.-]+", options["hf_repo"]):
         raise UserError(f"--hf_repo {options['hf_repo']}: write user/name")
-    places = {"--cmd", "--host"} & set(_words(options, "launch_args"))
-    if int(options["num_nodes"]) > 1 and not places:
-        raise UserError(
-            f"--num_nodes {options['num_nodes']}: say where they are, such as "
-            '--launch_args "--host node1,node2" or --launch_args "--cmd slurm.pl"'
-        )
+    _check_launch(options)
     return {"fs": _sampling_rate(options["fs"]), "skip_stages": " ".join(skipped)}
+
+
+def _check_launch(options: Mapping[str, str]) -> None:
+    """Refuse a launch of ESPnet's that does not know where to."""
+    launch = dict(_by_name(_words(options, "launch_args")))
+    if not launch and int(options["num_nodes"]) == 1:
+        return
+    if not {"cmd", "host"} & set(launch):
+        raise UserError(
+            f"--num_nodes {options['num_nodes']} --launch_args "
+            f"'{options['launch_args']}': say where to train, such as --launch_args "
+            '"--host node1,node2" or --launch_args "--cmd /path/to/slurm.pl"'
+        )
+    if script := " ".join(launch.get("cmd", [])).split():
+        if not shutil.which(script[0]):
+            raise UserError(
+                f"--launch_args {options['launch_args']}: there is no {script[0]}; "
+                "name the path of Kaldi's run.pl, slurm.pl or queue.pl"
+            )
 
 
 def _check_sets(options: Mapping[str, str]) -> None:

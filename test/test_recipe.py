@@ -79,7 +79,9 @@ BAD_ASR = """
 --asr_args "--a 'b" | --asr_args --a 'b: No closing quotation
 --use_lm true | name the experiment directory of an existing language
 --use_lm true --lm_exp nope | there is no nope/valid.loss.ave.pth
---num_nodes 2 | --num_nodes 2: say where they are, .*--host
+--num_nodes 2 | --num_nodes 2 .*: say where to train, .*--host
+--launch_args "--max_num_log_files 2" | say where to train, .*--host
+--launch_args "--cmd slurm.pl" | there is no slurm.pl; name the path of Kaldi's run.pl
 --hf_repo model | --hf_repo model: write user/name
 --python /bin/false | run tools/install.sh
 """

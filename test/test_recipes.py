@@ -419,21 +419,33 @@ def test_run_sh_of_an_experiment_goes_on_with_its_training(an4):
     assert log.count("1epoch results") == 1 and log.count("3epoch results") == 1
 
 
-def test_a_failure_shows_the_lines_that_explain_it(an4):
+@pytest.fixture
+def launcher(tmp_path):
+    """The options for ESPnet's launcher with a script of Kaldi's kind."""
+    script = tmp_path / "run.pl"
+    script.write_text(
+        "#!/usr/bin/env bash\n"
+        "while [[ $1 == --* ]]; do shift 2; done\n"
+        'log=$1; shift; "$@" >"$log" 2>&1\n'
+    )
+    script.chmod(0o755)
+    return ["--launch_args", f"--cmd {script}"]
+
+
+def test_a_failure_shows_the_line_that_explains_it(an4, launcher):
     """Also where ESPnet's launcher writes a log of its own."""
     words = ["--stage", 11, "--stop_stage", 11, "--asr_tag", "bad", "--asr_args"]
-    text = an4.run(*words, "--optim sdg", status=1)
-    assert "invalid choice: 'sdg'" in text or "--optim: invalid" in text
-    words += ["--optim sdg", "--launch_args", "--max_num_log_files 2"]
-    text = an4.run(*words, status=1)
-    assert "sdg" in text
-    text = an4.run(*words[:-1], "--no_such_option 2", status=1)
-    assert "no_such_option" in text
+    for more in ([], launcher):
+        text = an4.run(*words, "--optim sdg", *more, status=1)
+        assert "invalid choice: 'sdg'" in text.splitlines()[-1]
+    launcher[-1] += " --no_such_option 2"
+    text = an4.run(*words, "", *launcher, status=1)
+    assert "no_such_option" in text.splitlines()[-1]
 
 
-def test_a_launched_training_shows_its_progress(an4):
+def test_a_launched_training_shows_its_progress(an4, launcher):
     words = ["--stage", 11, "--stop_stage", 11, "--asr_tag", "launched"]
-    text = an4.run(*words, "--launch_args", "--max_num_log_files 2")
+    text = an4.run(*words, *launcher)
     assert text.count("    2epoch results: [train] ") == 1
     log = (an4.exp / "asr_launched" / "train.log").read_text()
     assert log.count("2epoch results") == 1

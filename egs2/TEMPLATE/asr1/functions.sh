@@ -110,7 +110,8 @@ write_run_sh() { # write_run_sh EXP COMMAND...: EXP/run.sh, which runs and resum
         echo "("
         if [[ "$*" == *espnet2.bin.launch* ]]; then # which writes a log of its own
             echo "    rm -f $(quote "${exp}/launch.log")"
-            echo "    tail -n +1 -s 0.2 -F --pid=\"\${BASHPID}\"" \
+            echo "    launcher=\${BASHPID}"
+            echo "    tail -n +1 -s 0.2 -F --pid=\"\${launcher}\"" \
                 "$(quote "${exp}/launch.log") 2>/dev/null &"
         fi
         line="    exec"
@@ -150,8 +151,8 @@ show_progress() { # the readable part of a training log
 
 show_failure() { # show_failure LOG: the error that ends it, or else its last lines
     local error
-    error=$(tail -n 30 "$1" | grep '^error: ' | tail -n 1) || true
-    if [ -n "${error}" ]; then die "${error#error: } (log: $1)"; fi
+    error=$(tail -n 30 "$1" | grep -E '(^|: )error: ' | tail -n 1) || true
+    if [ -n "${error}" ]; then die "${error#*error: } (log: $1)"; fi
     tail -n 30 "$1" >&2
     die "it failed; the end of $1 is above"
 }
