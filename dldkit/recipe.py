@@ -17,6 +17,7 @@ from typing import Any
 import humanfriendly
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dldkit.bin.merge_config import merge_files
 from dldkit.errors import UserError
@@ -254,7 +255,12 @@ def _config(options: Mapping[str, str], kind: str, systems: Path) -> DictConfig:
         )
     config = merge_files([options[f"{kind}_config"], *files])
     given = _by_name(_words(options, f"{kind}_args"))
-    return OmegaConf.merge(config, *(_overrides(*item) for item in given))
+    try:
+        return OmegaConf.merge(config, *(_overrides(*item) for item in given))
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--{kind}_args {options[f'{kind}_args']} can not be read: {error}"
+        ) from None
 
 
 def _by_name(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -309,15 +315,15 @@ def _check_checkpoint(
         return
     epochs = config.get("max_epoch", 40)
     if match := re.fullmatch(r"(\d+)epoch\.pth", name):
-        if 1 <= int(match[1]) <= epochs:
+        if not isinstance(epochs, int) or 1 <= int(match[1]) <= epochs:
             return
         raise UserError(f"--{option} {name}: the training has {epochs} epochs")
     criteria = config.get("best_model_criterion", CRITERIA)
     criteria = [criteria] if isinstance(criteria, str) else criteria
     criteria = [c.split(",") if isinstance(c, str) else list(c) for c in criteria]
     kept = config.get("keep_nbest_models", 10)
-    kept = [kept] if isinstance(kept, int) else list(kept)
-    averages = {f"ave_{n}best" for n in {1, *kept}}
+    kept = list(kept) if isinstance(kept, Sequence) else [kept]
+    averages = {f"ave_{n}best" for n in (1, *kept)}
     made = [f"{phase}.{value}" for phase, value, *_ in criteria]
     for best in made:
         if name in {f"{best}.{kind}.pth" for kind in {"best", "ave", *averages}}:

@@ -77,6 +77,7 @@ BAD_ASR = """
 --expdir run.sh/exp | --expdir run.sh/exp: run.sh is a file
 --dumpdir a,b | --dumpdir a,b: choose a path without commas
 --asr_args "--a 'b" | --asr_args --a 'b: No closing quotation
+--asr_args "--optim_conf lr=[1," | --optim_conf lr=.1, can not be read
 --use_lm true | name the experiment directory of an existing language
 --use_lm true --lm_exp nope | there is no nope/valid.loss.ave.pth
 --num_nodes 2 | --num_nodes 2 .*: say where to train, .*--host
@@ -118,6 +119,15 @@ def test_bad_options_end_with_one_line(recipe, words, complaint):
     assert status in (1, 2)
     assert re.fullmatch(f"error: .*{complaint}.*\n", printed), printed
     assert {path for path in recipe.iterdir() if path.name != "run.log"} == before
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("egs2/*/*/run.sh")), ids=str)
+def test_every_recipe_accepts_its_own_systems(recipe):
+    systems = "systems" if recipe.parent.name == "asr1" else "systems_ssl"
+    stage = ["--stage", 15, "--skip_upload", "true"]
+    for system in sorted((ROOT / "conf" / systems).glob("*.yaml")):
+        status, printed = run_recipe(recipe.parent, *stage, "--system", system.stem)
+        assert status == 0 and "Stage 15: skipped\n" in printed, printed
 
 
 def test_a_distillation_without_a_teacher_or_a_corpus_of_superb(tmp_path):
