@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import yaml
 
 from dldkit import pack
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def model(student, tmp_path, monkeypatch):
-    """A checkpoint whose config names a file as seen from the recipe's directory."""
+    """A checkpoint whose config names files as seen from the recipe's directory."""
     monkeypatch.chdir(tmp_path)
     exp = Path("exp/asr_dld")
     shutil.copytree(student, exp, symlinks=True)
@@ -26,7 +27,14 @@ def model(student, tmp_path, monkeypatch):
         tokens.write_text("".join(f"{token}\n" for token in config["token_list"]))
     else:
         shutil.move(exp / config["token_list"], tokens)
-    config["token_list"] = str(tokens)
+    # ESPnet reads a BPE model when the first text is made, not when it is loaded
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["eight nine one two three four five six"] * 9),
+        model_prefix="data/bpe",
+        vocab_size=25,
+        hard_vocab_limit=False,
+    )
+    config.update(token_list=str(tokens), bpemodel="data/bpe.model", token_type="bpe")
     (exp / "config.yaml").write_text(yaml.safe_dump(config))
     return exp / "valid.loss_ctc.ave.pth"
 
@@ -35,9 +43,8 @@ def test_a_pack_is_made_once_and_again_when_something_changed(model, corpus):
     outpath = Path("a directory/model.zip")
     pack.pack_asr(model, outpath, corpus.dev)
     archive = zipfile.ZipFile(outpath)
-    assert {"meta.yaml", "config.yaml", "tokens.txt", model.name} <= {
-        *archive.namelist()
-    }
+    names = {"meta.yaml", "config.yaml", "tokens.txt", "bpe.model", model.name}
+    assert names <= set(archive.namelist())
     assert yaml.safe_load(archive.read("config.yaml"))["token_list"] == "./tokens.txt"
     made = outpath.stat().st_mtime_ns
 
@@ -53,7 +60,7 @@ def test_a_pack_is_made_once_and_again_when_something_changed(model, corpus):
 def test_a_zip_that_does_not_load_elsewhere_is_not_kept(model, corpus, monkeypatch):
     # as if a file that the config names had been forgotten
     monkeypatch.setattr(pack, "named_files", lambda config: {})
-    with pytest.raises(UserError, match="can not be used elsewhere: .*tokens.txt"):
+    with pytest.raises(UserError, match="can not be used elsewhere: .*data.bpe.model"):
         pack.pack_asr(model, "packed/model.zip", corpus.dev)
     assert not list(Path().rglob("*.zip"))
 

@@ -93,8 +93,10 @@ class Speech2Text(espnet_inference.Speech2Text):
             found = {} if model_tag is None else download_pretrained(model_tag)
             return cls(**{**kwargs, **found})
         # not through espnet_model_zoo: its cache serves a re-packed zip's old content
-        with tempfile.TemporaryDirectory() as directory:
-            return cls(**{**kwargs, **unpack(model_tag, directory)})
+        directory = tempfile.TemporaryDirectory()
+        recogniser = cls(**{**kwargs, **unpack(model_tag, directory.name)})
+        recogniser.unpacked = directory  # the BPE model is read when it is first needed
+        return recogniser
 
     def set_depth(
         self, depth: Optional[int] = None, layers: Optional[Sequence[int]] = None
