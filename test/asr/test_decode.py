@@ -196,8 +196,8 @@ def test_logging_is_left_as_it_was(run, caplog, corpus):
 @pytest.mark.integration
 def test_command_with_two_processes(experiment, corpus, capsys):
     command = ["--asr_exp", str(experiment), "--inference_asr_model", MODEL]
-    command += ["--data_dirs", f"{corpus.dev} {corpus.train}", "--depths", "4"]
-    command += ["--inference_tag", "tag", "--inference_nj", "2"]
+    command += ["--data_dirs", str(corpus.dev), str(corpus.train), "--depths", "4"]
+    command += ["--inference_tag", "tag", "--nj", "2"]
     main([*command, "--inference_args", "--selector prefix --depth_profile none"])
     assert list(read(experiment / "tag/depth4/dev/text")) == list("xyz")
     assert list(read(experiment / "tag/depth4/train/text")) == list("abcdefghi")
