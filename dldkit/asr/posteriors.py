@@ -1,7 +1,6 @@
 """The reference's posteriors, written once so that training can read them."""
 
 import functools
-import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from typing import Optional, Union
 
 import kaldiio
 import torch
-from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 
 from dldkit.asr.loading import load_asr_model
@@ -21,6 +19,7 @@ from dldkit.asr.reference import (
     pack_posteriors,
 )
 from dldkit.asr.speech import SpeechReader, speech_source, utterance_ids
+from dldkit.data.frames import join_parts, model_digest
 from dldkit.errors import UserError
 from dldkit.parallel import parallel_map
 from dldkit.step import Step, atomic
@@ -63,7 +62,7 @@ def collect_posteriors(
     description.top_k = top_k
     sources = [Path(speech_source(data_dir)[0]) for data_dir in data_dirs]
     files = {f"{i} {path.name}": path for i, path in enumerate(sources)}
-    with Step(output_dir, files, reference=_digest(model), top_k=top_k) as step:
+    with Step(output_dir, files, reference=model_digest(model), top_k=top_k) as step:
         if step.done:
             return
         parts = []
@@ -78,29 +77,14 @@ def collect_posteriors(
         parallel_map(write, missing, nj, "Collecting posteriors", parallel_config)
 
         description.save(output_dir)
-        _join(
+        join_parts(
             [path.with_suffix(".short") for *_, path in parts], output_dir / TOO_SHORT
         )
         # it comes last: what looks for posteriors looks for this file
-        _join(
+        join_parts(
             [path.with_suffix(".scp") for *_, path in parts],
             output_dir / POSTERIORS_SCP,
         )
-
-
-def _digest(model: ESPnetASRModel) -> str:
-    """Return a digest of all that a trained model is; statistics count as well."""
-    found = hashlib.sha256()
-    for name, values in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(values.cpu().float().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-def _join(parts: list[Path], whole: Path) -> None:
-    lines = [line for path in parts for line in path.read_text().splitlines()]
-    with atomic(whole) as new:
-        new.write_text("".join(f"{line}\n" for line in sorted(lines)))
 
 
 def _refuse_impossible_top_k(top_k: Optional[int], vocab_size: int) -> None:

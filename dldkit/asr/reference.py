@@ -13,7 +13,7 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 
 from dldkit.asr.loading import load_asr_model
 from dldkit.asr.losses import Posteriors
-from dldkit.data.datadir import read_table
+from dldkit.data.frames import utterances_without
 from dldkit.errors import UserError
 from dldkit.random_state import untouched_random_numbers
 
@@ -175,17 +175,7 @@ def check_cached_ids(args: argparse.Namespace) -> None:
     cache = Path((args.model_conf or {}).get("reference") or "")
     if not (cache / POSTERIORS_SCP).is_file():
         return
-    stored = read_table(cache / POSTERIORS_SCP, allow_empty=True).keys()
-    speech = [
-        path
-        for path, name, _ in [
-            *args.train_data_path_and_name_and_type,
-            *args.valid_data_path_and_name_and_type,
-        ]
-        if name == "speech"
-    ]
-    needed = [utt for path in speech for utt in read_table(path)]
-    missing = [utt for utt in needed if utt not in stored]
+    missing, needed = utterances_without(cache / POSTERIORS_SCP, args)
     if not missing:
         return
     listed = cache / TOO_SHORT
@@ -193,12 +183,12 @@ def check_cached_ids(args: argparse.Namespace) -> None:
     short = [utt for utt in missing if utt in known]
     if short:
         raise UserError(
-            f"{len(short)} of {len(needed)} utterances are too short for the reference "
+            f"{len(short)} of {needed} utterances are too short for the reference "
             f"and have no posteriors in {cache}, the first is {short[0]}: leave short "
             "ones out (stage 4, --min_wav_duration)"
         )
     raise UserError(
-        f"{len(missing)} of {len(needed)} utterances have no posteriors in {cache}, "
+        f"{len(missing)} of {needed} utterances have no posteriors in {cache}, "
         f"the first is {missing[0]}: collect them for all training and validation data "
         "(stage 9, python -m dldkit.bin.collect_posteriors)"
     )
