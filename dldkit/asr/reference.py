@@ -1,5 +1,6 @@
 """The frozen reference: where the posteriors that pull the student come from."""
 
+import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional, Protocol, Sequence, Union
@@ -12,11 +13,13 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 
 from dldkit.asr.loading import load_asr_model
 from dldkit.asr.losses import Posteriors
+from dldkit.data.frames import utterances_without
 from dldkit.errors import UserError
 from dldkit.random_state import untouched_random_numbers
 
 POSTERIORS_SCP = "posteriors.scp"
 POSTERIORS_DESCRIPTION = "reference.yaml"
+TOO_SHORT = "too_short"  # ids of utterances without posteriors, one a line
 
 
 class Reference(Protocol):
@@ -158,6 +161,37 @@ class LiveReference:
                 f"the student gives {frame_lengths.tolist()} (utterances {utt_ids})"
             )
         return Posteriors(self.model.ctc.ctc_lo(encoder_out).log_softmax(-1), lengths)
+
+
+def check_cached_ids(args: argparse.Namespace) -> None:
+    """Refuse training with cached posteriors that lack some of its utterances.
+
+    Args:
+        args: those of the training.
+
+    Raises:
+        UserError: saying how many are missing, the first, and what is to be done.
+    """
+    cache = Path((args.model_conf or {}).get("reference") or "")
+    if not (cache / POSTERIORS_SCP).is_file():
+        return
+    missing, needed = utterances_without(cache / POSTERIORS_SCP, args)
+    if not missing:
+        return
+    listed = cache / TOO_SHORT
+    known = set(listed.read_text().split()) if listed.is_file() else set()
+    short = [utt for utt in missing if utt in known]
+    if short:
+        raise UserError(
+            f"{len(short)} of {needed} utterances are too short for the reference "
+            f"and have no posteriors in {cache}, the first is {short[0]}: leave short "
+            "ones out (stage 4, --min_wav_duration)"
+        )
+    raise UserError(
+        f"{len(missing)} of {needed} utterances have no posteriors in {cache}, "
+        f"the first is {missing[0]}: collect them for all training and validation data "
+        "(stage 9, python -m dldkit.bin.collect_posteriors)"
+    )
 
 
 class CachedReference:

@@ -1,5 +1,6 @@
 """The teacher's hidden states, written once so that training can read them."""
 
+import argparse
 import functools
 import logging
 import shutil
@@ -16,7 +17,7 @@ import yaml
 
 from dldkit.data.audio import BadAudio, read_audio
 from dldkit.data.datadir import Table, read_table
-from dldkit.depth.profile import fingerprint
+from dldkit.data.frames import join_parts, model_digest, utterances_without
 from dldkit.errors import UserError
 from dldkit.parallel import parallel_map
 from dldkit.sfm.teacher import (
@@ -28,6 +29,7 @@ from dldkit.sfm.teacher import (
     TeacherInfo,
     open_teacher,
 )
+from dldkit.step import Step, atomic
 
 PathLike = Union[str, Path]
 UTTERANCES_PER_PART = 200  # what an interrupted job does again
@@ -57,49 +59,51 @@ def collect_targets(
             a disk that is too small.
     """
     output_dir, layers = Path(output_dir), sorted(set(layers))
-    request_file = output_dir / "request"
-    if output_dir.exists() and any(output_dir.iterdir()) and not request_file.is_file():
-        raise UserError(
-            f"{output_dir} holds other files: name a directory for the targets alone"
-        )
     opened = open_teacher(teacher, layers)
     if isinstance(opened, CachedTeacher):
         raise UserError(f"{teacher} holds cached targets already: name the model")
     tables = [read_table(Path(data_dir) / "wav.scp") for data_dir in data_dirs]
     _refuse_repeated(tables)
 
-    request = "\n".join(
-        [f"{fingerprint(opened.model.state_dict())} {layers} {opened.info}"]
-        + [f"{d} {(Path(d) / 'wav.scp').stat().st_mtime_ns}" for d in data_dirs]
-    )
-    if not request_file.is_file() or request_file.read_text() != request:
-        shutil.rmtree(output_dir, ignore_errors=True)
-        output_dir.mkdir(parents=True)
-        request_file.write_text(request)
-    if (output_dir / TARGETS_SCP).is_file():
-        logging.info(f"{output_dir} is complete")
-        return
+    files = {f"{i} wav.scp": Path(d) / "wav.scp" for i, d in enumerate(data_dirs)}
+    made_from = dict(teacher=model_digest(opened.model), info=asdict(opened.info))
+    with Step(output_dir, files, layers=layers, **made_from) as step:
+        if step.done:
+            return
+        parts = [
+            (i, list(table.items())[first : first + UTTERANCES_PER_PART], first)
+            for i, table in enumerate(tables)
+            for first in range(0, len(table), UTTERANCES_PER_PART)
+        ]
+        parts = [(i, utts, output_dir / f"{i}-{first}") for i, utts, first in parts]
+        missing = [part for part in parts if not part[2].with_suffix(".scp").is_file()]
+        _refuse_small_disk(missing, data_dirs, opened.info, len(layers), output_dir)
+        write = functools.partial(_write_part, str(teacher), tuple(layers))
+        work = [(utts, path) for _, utts, path in missing]
+        parallel_map(write, work, nj, "Collecting targets", parallel_config)
 
-    parts = [
-        (i, list(table.items())[first : first + UTTERANCES_PER_PART], first)
-        for i, table in enumerate(tables)
-        for first in range(0, len(table), UTTERANCES_PER_PART)
-    ]
-    parts = [(i, utts, output_dir / f"{i}-{first}") for i, utts, first in parts]
-    missing = [part for part in parts if not part[2].with_suffix(".scp").is_file()]
-    _refuse_small_disk(missing, data_dirs, opened.info, len(layers), output_dir)
-    write = functools.partial(_write_part, str(teacher), tuple(layers))
-    work = [(utts, path) for _, utts, path in missing]
-    parallel_map(write, work, nj, "Collecting targets", parallel_config)
+        description = {"teacher": str(teacher), **asdict(opened.info), "layers": layers}
+        (output_dir / TARGETS_DESCRIPTION).write_text(
+            yaml.safe_dump(description, sort_keys=False), encoding="utf-8"
+        )
+        scps = [path.with_suffix(".scp") for *_, path in parts]
+        join_parts(scps, output_dir / TARGETS_SCP)
 
-    description = {"teacher": str(teacher), **asdict(opened.info), "layers": layers}
-    (output_dir / TARGETS_DESCRIPTION).write_text(
-        yaml.safe_dump(description, sort_keys=False), encoding="utf-8"
-    )
-    scp = output_dir / (TARGETS_SCP + ".partial")
-    lines = [p[2].with_suffix(".scp").read_text().splitlines() for p in parts]
-    scp.write_text("\n".join(sorted(sum(lines, []))) + "\n")
-    scp.replace(output_dir / TARGETS_SCP)
+
+def check_target_ids(args: argparse.Namespace) -> None:
+    """Refuse training with cached targets that lack some of its utterances.
+
+    Raises:
+        UserError: saying how many are missing, the first, and what is to be done.
+    """
+    scp = Path(args.model_conf.get("teacher") or "") / TARGETS_SCP
+    missing, needed = utterances_without(scp, args) if scp.is_file() else ([], 0)
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {needed} utterances have no targets in {scp.parent}, "
+            f"the first is {missing[0]}: collect them for all training and validation "
+            "data (python -m dldkit.bin.sfm_collect_targets)"
+        )
 
 
 def _refuse_repeated(tables: Sequence[Table]) -> None:
@@ -162,11 +166,10 @@ def _write_part(teacher: str, layers: tuple[int, ...], part) -> None:
     utts, path = part
     opened = _open(teacher, layers)
     ark = path.with_suffix(".ark")
-    partial = path.with_suffix(".scp.partial")
-    with kaldiio.WriteHelper(f"ark,scp:{ark},{partial}", write_function="numpy") as out:
-        for utt, wav in utts:  # one at a time: no padding
-            out(utt, _targets_of(opened, utt, wav))
-    partial.replace(path.with_suffix(".scp"))
+    with atomic(path.with_suffix(".scp")) as new:  # it says that the part is complete
+        with kaldiio.WriteHelper(f"ark,scp:{ark},{new}", write_function="numpy") as out:
+            for utt, wav in utts:  # one at a time: no padding
+                out(utt, _targets_of(opened, utt, wav))
 
 
 def _targets_of(teacher: Teacher, utt: str, wav: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.tasks.asr import ASRTask
 
 import dldkit
+from dldkit.asr.reference import check_cached_ids
 from dldkit.config_files import resolved_arguments
 from dldkit.train.choices import TrainerChoice, trainer_choices
 
@@ -32,3 +33,9 @@ class DLDASRTask(TrainerChoice, ASRTask):
         """Build what turns text into tokens."""
         with resolved_arguments(args):
             return super().build_preprocess_fn(args, train)
+
+    @classmethod
+    def check_data(cls, args: argparse.Namespace) -> None:
+        """Refuse utterances that have no cached posteriors, where these are used."""
+        if not args.collect_stats:
+            check_cached_ids(args)

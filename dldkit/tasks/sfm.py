@@ -14,6 +14,7 @@ from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
 from dldkit.sfm.data import CropCollateFn
 from dldkit.sfm.model import SFMDistillModel
+from dldkit.sfm.targets import check_target_ids
 from dldkit.sfm.teacher import teacher_info
 from dldkit.train.choices import TrainerChoice, trainer_choices
 
@@ -101,7 +102,9 @@ class SFMDistillTask(TrainerChoice, AbsTask):
 
     @classmethod
     def check_data(cls, args: argparse.Namespace) -> None:
-        """Refuse speech that has another sampling rate than the teacher's."""
+        """Refuse another sampling rate than the teacher's, and missing targets."""
+        if not args.collect_stats:
+            check_target_ids(args)
         rate = teacher_info(_teacher(args.model_conf)).sampling_rate
         for path, *_ in (
             args.train_data_path_and_name_and_type

@@ -1,14 +1,19 @@
+import argparse
+
 import kaldiio
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
+from espnet2.asr.espnet_model import ESPnetASRModel
 
 from dldkit.asr import posteriors
 from dldkit.asr.loading import load_asr_model
 from dldkit.asr.posteriors import collect_posteriors
 from dldkit.bin.collect_posteriors import main
 from dldkit.errors import UserError
+from dldkit.tasks.asr import DLDASRTask
 
 
 @pytest.fixture
@@ -62,12 +67,22 @@ def test_a_finished_collection_is_kept(static, corpus, tmp_path):
     assert stamps(tmp_path) == before
 
 
-@pytest.mark.parametrize("nj", [2, 5])
-def test_parts_make_the_same_whole(static, corpus, tmp_path, in_this_process, nj):
+def test_touched_files_and_other_jobs_keep_it(static, corpus, tmp_path):
+    collect_posteriors(static, [corpus.dev], tmp_path)
+    before = stamps(tmp_path)
+    (corpus.dev / "wav.scp").touch()
+    collect_posteriors(static, [corpus.dev], tmp_path, nj=2)
+    assert stamps(tmp_path) == before
+
+
+def test_parts_make_the_same_whole(
+    static, corpus, tmp_path, in_this_process, monkeypatch
+):
     collect_posteriors(static, [corpus.train, corpus.dev], tmp_path / "one")
-    collect_posteriors(static, [corpus.train, corpus.dev], tmp_path / "parts", nj=nj)
+    monkeypatch.setattr(posteriors, "PART", 2)
+    collect_posteriors(static, [corpus.train, corpus.dev], tmp_path / "parts", nj=2)
     one, parts = read(tmp_path / "one"), read(tmp_path / "parts")
-    assert in_this_process == [2, 2 * nj]
+    assert in_this_process == [2, 5 + 2]
     assert sorted(one) == sorted(parts) == list("abcdefghixyz")
     assert all(np.array_equal(one[utt], parts[utt]) for utt in one)
 
@@ -75,28 +90,84 @@ def test_parts_make_the_same_whole(static, corpus, tmp_path, in_this_process, nj
 def test_an_interrupted_collection_continues(
     static, corpus, tmp_path, in_this_process, monkeypatch
 ):
+    monkeypatch.setattr(posteriors, "PART", 3)
     data = [corpus.train, corpus.dev]
     collect_posteriors(static, data, tmp_path / "unbroken", nj=2)
-    write, done = posteriors._write_part, []
+    pack, written = posteriors.pack_posteriors, []
 
-    def killed(*args):
-        if len(done) == 2:
+    def killed(*args):  # in the middle of the third part
+        written.append(args)
+        if len(written) == 8:
             raise KeyboardInterrupt
-        done.append(args)
-        write(*args)
+        return pack(*args)
 
-    monkeypatch.setattr(posteriors, "_write_part", killed)
+    monkeypatch.setattr(posteriors, "pack_posteriors", killed)
     with pytest.raises(KeyboardInterrupt):
         collect_posteriors(static, data, tmp_path / "broken", nj=2)
     assert not (tmp_path / "broken" / "posteriors.scp").exists()
-    kept = {k: v for k, v in stamps(tmp_path / "broken").items() if "ark" in k}
-    monkeypatch.setattr(posteriors, "_write_part", write)
-    collect_posteriors(static, data, tmp_path / "broken", nj=2)
+    kept = {f: stamps(tmp_path / "broken")[f] for f in ("0-0.ark", "0-3.ark")}
+    monkeypatch.setattr(posteriors, "pack_posteriors", pack)
+    collect_posteriors(static, data, tmp_path / "broken", nj=1)  # other jobs
     assert in_this_process == [4, 4, 2]
     assert kept.items() <= stamps(tmp_path / "broken").items()
     broken, unbroken = read(tmp_path / "broken"), read(tmp_path / "unbroken")
     assert sorted(broken) == list("abcdefghixyz")
     assert all(np.array_equal(broken[utt], unbroken[utt]) for utt in unbroken)
+
+
+@pytest.fixture
+def own_data(corpus, tmp_path):
+    """Two utterances of one length, one of another, and one that is too short."""
+    directory = tmp_path / "data"
+    directory.mkdir()
+    a, b = corpus.speech("a"), corpus.speech("b")
+    size = min(len(a), len(b))
+    sounds = dict(a=a[:size], b=b[:size], c=corpus.speech("c"), s=a[:600])
+    for utt, samples in sounds.items():
+        soundfile.write(directory / f"{utt}.wav", samples, 8000)
+    lines = [f"{utt} {directory / utt}.wav\n" for utt in sounds]
+    (directory / "wav.scp").write_text("".join(lines))
+    (directory / "text").write_text("".join(f"{utt} one\n" for utt in sounds))
+    return directory
+
+
+def test_batches_equal_one_utterance_at_a_time(static, own_data, tmp_path, monkeypatch):
+    encode, sizes = ESPnetASRModel.encode, []
+
+    def counted(self, speech, lengths):
+        sizes.append(len(speech))
+        return encode(self, speech, lengths)
+
+    monkeypatch.setattr(ESPnetASRModel, "encode", counted)
+    collect_posteriors(static, [own_data], tmp_path / "batches")
+    assert 2 in sizes
+    monkeypatch.setattr(posteriors, "BATCH", 1)
+    collect_posteriors(static, [own_data], tmp_path / "single")
+    batches, single = read(tmp_path / "batches"), read(tmp_path / "single")
+    for utt in "abc":
+        assert np.allclose(batches[utt], single[utt], rtol=1e-3, atol=1e-3)
+
+
+def test_too_short_utterances_are_left_out(
+    static, corpus, own_data, tmp_path, caplog, capsys
+):
+    cache = tmp_path / "cache"
+    collect_posteriors(static, [own_data], cache)
+    assert sorted(read(cache)) == list("abc")
+    assert (cache / "too_short").read_text() == "s\n"
+    assert "s is too short for the encoder" in caplog.text
+    paths = [[str(own_data / "wav.scp"), "speech", "sound"]]
+    args = argparse.Namespace(
+        model_conf=dict(reference=str(cache)),
+        collect_stats=False,
+        train_data_path_and_name_and_type=paths,
+        valid_data_path_and_name_and_type=[],
+    )
+    with pytest.raises(UserError, match="1 of 4 utterances are too short .* is s: "):
+        DLDASRTask.check_data(args)
+    paths[0][0] = str(corpus.train / "wav.scp")
+    with pytest.raises(UserError, match="6 of 9 .* no posteriors .* is d: collect"):
+        DLDASRTask.check_data(args)
 
 
 def test_another_request_starts_anew(static, corpus, tmp_path):

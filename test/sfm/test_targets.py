@@ -1,3 +1,4 @@
+import argparse
 import shutil
 from collections import namedtuple
 
@@ -14,6 +15,7 @@ from dldkit.errors import UserError
 from dldkit.sfm import targets
 from dldkit.sfm.targets import collect_targets
 from dldkit.sfm.teacher import open_teacher, teacher_info
+from dldkit.tasks.sfm import SFMDistillTask
 
 # samples beyond a multiple of 320: HuBERT's CNN needs 80 of them for a last frame
 LENGTHS = dict(a=9600, b=9601, c=7279, d=7280, e=8000, x=9919, y=6401)
@@ -172,6 +174,29 @@ def test_a_finished_collection_is_kept(hubert, data_dirs, tmp_path, parts):
     collect_targets(hubert, [2], data_dirs, tmp_path / "cache", nj=3)
     assert stamps(tmp_path / "cache") == before
     assert parts == [4]
+
+
+def test_a_touched_file_keeps_it(hubert, data_dirs, tmp_path, parts):
+    collect_targets(hubert, [2], data_dirs, tmp_path / "cache")
+    (data_dirs[0] / "wav.scp").touch()
+    collect_targets(hubert, [2], data_dirs, tmp_path / "cache")
+    assert parts == [4]
+
+
+def test_training_is_refused_without_all_targets(hubert, data_dirs, tmp_path, parts):
+    cache = tmp_path / "cache"
+    collect_targets(hubert, [2], data_dirs[1:], cache)
+    train, dev = ([[str(d / "wav.scp"), "speech", "sound"]] for d in data_dirs)
+    args = argparse.Namespace(
+        model_conf=dict(teacher=str(cache)),
+        collect_stats=False,
+        train_data_path_and_name_and_type=train,
+        valid_data_path_and_name_and_type=dev,
+    )
+    with pytest.raises(UserError, match="5 of 7 .* no targets .* is a: collect"):
+        SFMDistillTask.check_data(args)
+    args.train_data_path_and_name_and_type = dev
+    SFMDistillTask.check_data(args)
 
 
 def test_an_interrupted_collection_continues(
