@@ -119,12 +119,14 @@ def test_statistics_are_shared_and_collected_once(corpus, tmp_path, caplog):
 
 
 @pytest.mark.integration
-def test_two_jobs_in_one_directory(corpus, tmp_path):
+def test_two_jobs_in_one_directory(corpus, python, tmp_path):
     """One trains, the other waits and uses what it made; both end well."""
     command = [sys.executable, "-m", "dldkit.bin.asr_train"]
     command += corpus.training(tmp_path / "exp", max_epoch=60)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `python` has it
     jobs = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
     ]
     logs = [job.communicate(timeout=240)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]
@@ -135,7 +137,7 @@ def test_two_jobs_in_one_directory(corpus, tmp_path):
     assert f"is in use by process {holder}" in waiting
     assert "is finished already" in waiting
     alone = tmp_path / "alone"
-    main(corpus.training(alone, max_epoch=60))
+    python("-m", "dldkit.bin.asr_train", *corpus.training(alone, max_epoch=60))
     for key, value in torch.load(alone / MODEL).items():
         assert torch.equal(value, torch.load(tmp_path / "exp" / MODEL)[key])
 
