@@ -99,8 +99,12 @@ def resolved_arguments(args: argparse.Namespace) -> Iterator[None]:
 def resolved_config(path: PathLike) -> Iterator[Path]:
     """Yield a config file that names the files of the one at `path` with full paths."""
     path = Path(path)
-    with path.open(encoding="utf-8") as file:
-        config = yaml.load(file, yaml.CSafeLoader)
+    try:
+        with path.open(encoding="utf-8") as file:
+            config = yaml.load(file, yaml.CSafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise UserError(f"{path} is no YAML file: {where}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is no config of ESPnet: it holds no keys and values")
     resolved = resolve(config, path.parent)

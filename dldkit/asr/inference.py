@@ -1,6 +1,7 @@
 """Recognition at a chosen depth: greedy CTC, or ESPnet's beam search."""
 
 import logging
+import re
 import tempfile
 import zipfile
 from contextlib import AbstractContextManager
@@ -10,16 +11,20 @@ from typing import Any, Optional, Sequence, Union
 from unittest import mock
 
 import numpy as np
+import soundfile
 import torch
 from espnet2.bin import asr_inference as espnet_inference
 from espnet2.legacy.nets.beam_search import Hypothesis
 from espnet2.main_funcs.pack_funcs import unpack
 from espnet2.torch_utils.device_funcs import to_device
 from espnet2.utils.pretrained import download_pretrained
+from espnet2.utils.types import str_or_none
 
 import dldkit
 from dldkit.asr.loading import check_weights, encoder_states, read_checkpoint
+from dldkit.asr.speech import refuse_missing_speech
 from dldkit.depth.profile import find_profile, fingerprint
+from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 
 dldkit.register()
@@ -191,5 +196,40 @@ def inference(
                 **kwargs,
             )
 
-    with mock.patch.object(espnet_inference, "Speech2Text", DepthSpeech2Text):
-        espnet_inference.inference(**espnet_options)
+    for path, _, kind in espnet_options["data_path_and_name_and_type"]:
+        refuse_missing_speech(path, kind)
+    try:
+        with mock.patch.object(espnet_inference, "Speech2Text", DepthSpeech2Text):
+            espnet_inference.inference(**espnet_options)
+    except (soundfile.LibsndfileError, OSError) as error:
+        # from a worker process, its message holds a stack trace
+        raise UserError(f"decoding stopped: {str(error).splitlines()[-1]}") from error
+
+
+def layer_list(text: str) -> list[int]:
+    """Parse `0,3,7`."""
+    return [int(layer) for layer in text.split(",")]
+
+
+def get_parser():
+    """Return ESPnet's parser with the depth options; greedy search is the default."""
+    parser = espnet_inference.get_parser()
+    for action in parser._actions:  # ESPnet's help has a bare % that stops --help
+        action.help = action.help and re.sub(r"%(?![(%])", "%%", action.help)
+    group = parser.add_argument_group("Depth related")
+    depth = group.add_mutually_exclusive_group()
+    depth.add_argument("--depth", type=int, help="Number of encoder layers to run")
+    depth.add_argument("--layers", type=layer_list, help="Layers to run, as 0,3,7")
+    group.add_argument(
+        "--selector",
+        choices=list(SELECTORS),
+        help="Which layers a depth means; default: as the model was trained",
+    )
+    group.add_argument(
+        "--depth_profile",
+        type=str_or_none,
+        default="auto",
+        help="File of dldkit.bin.calibrate; auto = that of the checkpoint; none",
+    )
+    parser.set_defaults(beam_size=1, batch_size=16)
+    return parser

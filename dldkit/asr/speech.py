@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Union
 
 import numpy as np
+import soundfile
 from espnet2.tasks.asr import ASRTask
 from espnet2.train.dataset import ESPnetDataset
 
+from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
 
 
@@ -29,6 +31,37 @@ def utterance_ids(data_dir: Union[str, Path]) -> list[str]:
     path, _, _ = speech_source(data_dir)
     with open(path, encoding="utf-8") as scp:
         return [line.split(maxsplit=1)[0] for line in scp if line.strip()]
+
+
+def refuse_missing_speech(scp: Union[str, Path], data_type: str) -> None:
+    """Refuse a table of speech that is empty, or whose first entry can not be opened.
+
+    Args:
+        data_type: ESPnet's; tables that are neither `sound` nor `kaldi_ark` may hold
+            anything.
+
+    Raises:
+        UserError: naming the table, the utterance and the file.
+    """
+    if data_type not in ("sound", "kaldi_ark"):
+        return
+    table = read_table(scp)
+    if not table:
+        raise UserError(f"{scp} is empty: it has no utterance")
+    utt, entry = next(iter(table.items()))
+    if entry.endswith("|"):
+        return
+    file = entry.rpartition(":")[0] if data_type == "kaldi_ark" else entry
+    if not Path(file).is_file():
+        raise UserError(
+            f"{scp}: {utt} is to be in {file}, which does not exist: mend the table, "
+            "or start in the directory that its paths begin at"
+        )
+    if data_type == "sound":
+        try:
+            soundfile.info(file)
+        except soundfile.LibsndfileError as error:
+            raise UserError(f"{scp}: {utt} is no audio: {error}") from None
 
 
 class SpeechReader:

@@ -14,8 +14,8 @@ from espnet2.train.distributed_utils import (
     resolve_distributed_mode,
 )
 
+from dldkit.asr.speech import refuse_missing_speech
 from dldkit.config_files import BARE_NAMES, copy_files, named_files
-from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
 from dldkit.step import Step
 
@@ -50,7 +50,9 @@ def experiment(args: argparse.Namespace) -> Iterator[bool]:
             f"--ngpu {args.ngpu} in one process would draw other layers on each GPU: "
             "set --multiprocessing_distributed true"
         )
-    _refuse_missing_data(args)
+    for part in ("train", "valid"):
+        for path, _, kind in getattr(args, f"{part}_{FILES[0]}"):
+            refuse_missing_speech(path, kind)
     if args.dry_run or not _is_first(args):
         yield True
         return
@@ -126,21 +128,3 @@ def _files(args: argparse.Namespace) -> dict[str, str]:
         if Path(path).is_file():
             files[f"init_param {i}"] = path
     return files
-
-
-def _refuse_missing_data(args: argparse.Namespace) -> None:
-    """Refuse tables that are empty, or whose first entry is no file."""
-    for part in ("train", "valid"):
-        for path, _, kind in getattr(args, f"{part}_{FILES[0]}"):
-            if kind not in ("sound", "kaldi_ark"):
-                continue
-            table = read_table(path)
-            if not table:
-                raise UserError(f"{path} is empty: there is nothing to train on")
-            utt, entry = next(iter(table.items()))
-            file = entry.rpartition(":")[0] if kind == "kaldi_ark" else entry
-            if not entry.endswith("|") and not Path(file).is_file():
-                raise UserError(
-                    f"{path}: {utt} is to be in {file}, which does not exist: mend the "
-                    "table, or start in the directory that its paths begin at"
-                )

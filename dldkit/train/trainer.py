@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Optional
 from unittest import mock
 
+import espnet2.train.trainer
 import torch
+from espnet2.train.reporter import Reporter
 from espnet2.train.trainer import Trainer
 
 from dldkit.depth.layers import Gates, find_gates
 from dldkit.depth.sampler import FullSampler
 from dldkit.errors import UserError
+from dldkit.step import atomic
 
 CHECKPOINT = "checkpoint.pth"
 
@@ -39,7 +42,7 @@ class ResumableTrainer(Trainer):
                 "training refuses: set unused_parameters: true"
             )
         checkpoint = _Checkpoint(trainer_options, kwargs["distributed_option"])
-        checkpoint.discard_pending()
+        checkpoint.settle(trainer_options.best_model_criterion)
         with _atomic_saves():
             super().run(
                 model,
@@ -96,10 +99,38 @@ class _Checkpoint:
         if self.is_ours and self.pending.exists():
             self.pending.replace(self.path)
 
-    def discard_pending(self) -> None:
-        """Forget an epoch that was killed before its files were complete."""
-        if self.is_ours:
-            self.pending.unlink(missing_ok=True)
+    def settle(self, best_model_criterion) -> None:
+        """Bring a run that was killed between two epochs to one side of the boundary.
+
+        Once the epoch's model is there, ESPnet may have removed the one that it
+        displaced: the epoch counts. Before that, nothing was removed: it is forgotten.
+        """
+        if self.is_ours and self.pending.exists():
+            states = torch.load(self.pending, map_location="cpu", weights_only=False)
+            reporter = espnet2.train.trainer.Reporter()
+            reporter.load_state_dict(states["reporter"])
+            if self._model(reporter.get_epoch()).is_file():
+                self._link_models(reporter, best_model_criterion)
+                self.commit()
+            else:
+                self.pending.unlink()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the others read what is decided here
+
+    def _model(self, epoch: int) -> Path:
+        return self.path.with_name(f"{epoch}epoch.pth")
+
+    def _link_models(self, reporter: Reporter, best_model_criterion) -> None:
+        """Rebuild the links of an epoch, as ESPnet makes them after its model."""
+        models = {"latest.pth": self._model(reporter.get_epoch())}
+        for phase, key, mode in best_model_criterion:
+            if reporter.has(phase, key):
+                best = self._model(reporter.get_best_epoch(phase, key, mode))
+                models[f"{phase}.{key}.best.pth"] = best
+        for name, model in models.items():
+            with atomic(self.path.with_name(name)) as link:
+                link.unlink(missing_ok=True)
+                link.symlink_to(model.name)
 
 
 def _pending(checkpoint: Path) -> Path:
@@ -112,6 +143,8 @@ def _atomic_saves():
     save = torch.save
 
     def save_atomically(states, path, *args, **kwargs):
+        if not isinstance(path, (str, Path)):  # a buffer
+            return save(states, path, *args, **kwargs)
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         save(states, partial, *args, **kwargs)

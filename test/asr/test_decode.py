@@ -119,16 +119,15 @@ def test_other_options_a_profile_and_other_data_are_decoded_again(
     assert run(**one, args=["--selector", "prefix"]) == 1
     assert run(**one, args=["--selector", "prefix"]) == 0
     assert run(**one) == 1
-    write_depth_profile(
-        experiment / MODEL, corpus.train, [2], experiment / "depth_profile.pth"
-    )
+    write_depth_profile(experiment / MODEL, corpus.train, [2])
     before = (experiment / "greedy/depth2/dev/score").read_text()
     assert run(**one) == 1
     assert (experiment / "greedy/depth2/dev/score").read_text() != before
     scp = data / "wav.scp"
     scp.write_text(scp.read_text().partition("\n")[0] + "\n")
-    os.utime(scp, ns=(0, 1))
     assert run(**one) == 1
+    os.utime(scp, ns=(0, 1))
+    assert run(**one) == 0
     assert list(read(experiment / "greedy/depth2/dev/text")) == ["x"]
 
 

@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import signal
+import sys
 from typing import Optional
 
 import torch
@@ -22,7 +23,9 @@ def train(command: list[str], kill: str = "", record: Optional[str] = None) -> N
         kill: the moment of a real SIGKILL. `step N`: after the N-th backward pass;
             `write NAME`: half of the file is written; `before NAME`: nothing is;
             `link NAME`: before a symbolic link gets its name; `grow N`: before the
-            N-th growth of this process; `grown N`: right after it.
+            N-th growth of this process; `grown N`: right after it; `operation N`:
+            before the N-th file operation in the experiment directory since the
+            checkpoint of the second epoch was begun; none if it trains the third.
         record: file for the drawn layers and the gradients of each step. A file next
             to it, `.weights`, gets the model's parameters at the end.
     """
@@ -76,6 +79,9 @@ def train(command: list[str], kill: str = "", record: Optional[str] = None) -> N
         if moment == "grown" and len(growths) == int(name):
             die()
 
+    if moment == "operation":
+        directory = command[command.index("--output_dir") + 1]
+        sys.addaudithook(FileOperations(directory, int(name)))
     torch.set_num_threads(1)
     dldkit.train.stacking.grow = killing_grow
     torch.save, torch.nn.utils.clip_grad_norm_ = killing_save, recording_clip
@@ -85,6 +91,32 @@ def train(command: list[str], kill: str = "", record: Optional[str] = None) -> N
     if record is not None:
         save(steps, record)
         save([weight.detach() for weight in weights], f"{record}.weights")
+
+
+class FileOperations:
+    """Counts what changes files of a directory, and dies before the N-th change."""
+
+    events = ("open", "os.rename", "os.remove", "os.symlink", "os.mkdir", "os.rmdir")
+
+    def __init__(self, directory: str, last: int):
+        self.directory, self.last = directory, last
+        self.checkpoints, self.count, self.done = 0, 0, False
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if event not in self.events or self.done:
+            return
+        names = [str(arg) for arg in args[:2]]
+        if not any(name.startswith(f"{self.directory}/") for name in names):
+            return
+        if event == "open" and "r" in str(args[1]):
+            return
+        if event == "os.rename" and names[1].endswith("checkpoint.pth.pending"):
+            self.checkpoints += 1
+        if self.checkpoints == 2:
+            self.count += 1
+            if self.count == self.last:
+                die()
+        self.done = self.checkpoints == 3
 
 
 def work(args: argparse.Namespace, record: str) -> None:
