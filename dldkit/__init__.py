@@ -5,6 +5,9 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """Add dldkit's classes to ESPnet's choices; calling it again does nothing."""
+    from dldkit import patches
+
+    patches.silence_flash_attention()
     from dldkit.registry import register as register_classes
 
     register_classes()

@@ -5,12 +5,8 @@
 ESPnet's own recipes work unchanged with `--python "python3 -m dldkit"`.
 """
 
-import sys
-
-from dldkit import launcher
+from dldkit import launcher, patches
 
 if __name__ == "__main__":
-    # multiprocessing lets spawned children import their parent's main module, except
-    # for one that is called __main__, as this one is.
-    sys.modules["__main__"] = launcher
+    patches.be_importable_as_main(launcher)
     launcher.main()

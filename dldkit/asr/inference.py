@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
-from unittest import mock
 
 import numpy as np
 import soundfile
@@ -26,6 +25,7 @@ from dldkit.asr.speech import refuse_missing_speech
 from dldkit.depth.profile import find_profile, fingerprint
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
+from dldkit.patches import patched
 
 dldkit.register()
 
@@ -199,7 +199,7 @@ def inference(
     for path, _, kind in espnet_options["data_path_and_name_and_type"]:
         refuse_missing_speech(path, kind)
     try:
-        with mock.patch.object(espnet_inference, "Speech2Text", DepthSpeech2Text):
+        with patched(espnet_inference, "Speech2Text", DepthSpeech2Text):
             espnet_inference.inference(**espnet_options)
     except (soundfile.LibsndfileError, OSError) as error:
         # from a worker process, its message holds a stack trace

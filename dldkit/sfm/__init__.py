@@ -7,3 +7,7 @@ if find_spec("transformers") is None:
         "distillation of foundation models needs transformers: pip install "
         "'dldkit[sfm]', or run tools/install.sh"
     )
+
+from dldkit import patches
+
+patches.silence_flash_attention()

@@ -1,13 +1,15 @@
 """The trainers that a config may name, for every task of the package."""
 
 import argparse
+import multiprocessing
 from typing import Optional, Sequence
 
 import yaml
 from espnet2.train.class_choices import ClassChoices
 from espnet2.train.trainer import Trainer
+from torch.multiprocessing import ProcessExitedException
 
-from dldkit.errors import UserError
+from dldkit.errors import UserError, report_user_errors
 from dldkit.train.experiment import experiment
 from dldkit.train.stacking import StackingTrainer
 from dldkit.train.trainer import ResumableTrainer
@@ -50,7 +52,13 @@ class TrainerChoice:
         cls.check_data(args)
         with experiment(args) as is_to_be_done:
             if is_to_be_done:
-                super().main(args)
+                try:
+                    super().main(args)
+                except ProcessExitedException as error:
+                    raise UserError(
+                        f"the training ended, as one of its processes did ({error}): "
+                        "what that one said is above"
+                    ) from None
 
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:
@@ -58,6 +66,13 @@ class TrainerChoice:
 
         The children of multi-GPU training start here too.
         """
+        if multiprocessing.parent_process() is not None:
+            report_user_errors(cls._main_worker)(args)
+        else:
+            cls._main_worker(args)
+
+    @classmethod
+    def _main_worker(cls, args: argparse.Namespace) -> None:
         cls.trainer = trainer_choices.get_class(args.trainer)
         if args.trainer_conf and not issubclass(cls.trainer, StackingTrainer):
             raise UserError(

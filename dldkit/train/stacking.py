@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Iterator, Optional, Sequence
-from unittest import mock
 
 import espnet2.train.trainer
 import torch
@@ -20,6 +19,7 @@ from espnet2.utils.build_dataclass import build_dataclass
 from dldkit.depth.growth import boundaries, copy_maps, grow
 from dldkit.depth.layers import find_gates
 from dldkit.errors import UserError
+from dldkit.patches import patched
 from dldkit.train.trainer import ResumableTrainer
 
 
@@ -243,7 +243,7 @@ class StackingTrainer(ResumableTrainer):
                 _steps_per_epoch(train_iter_factory, trainer_options.accum_grad),
                 trainer_options.max_epoch,
             ),
-            mock.patch.object(espnet2.train.trainer, "Reporter", reporter),
+            patched(espnet2.train.trainer, "Reporter", reporter),
         ):
             super().run(
                 model,

@@ -3,7 +3,6 @@
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
-from unittest import mock
 
 import espnet2.train.trainer
 import torch
@@ -13,6 +12,7 @@ from espnet2.train.trainer import Trainer
 from dldkit.depth.layers import Gates, find_gates
 from dldkit.depth.sampler import FullSampler
 from dldkit.errors import UserError
+from dldkit.patches import patched
 from dldkit.step import atomic
 
 CHECKPOINT = "checkpoint.pth"
@@ -150,5 +150,5 @@ def _atomic_saves():
         save(states, partial, *args, **kwargs)
         partial.replace(_pending(path) if path.name == CHECKPOINT else path)
 
-    with mock.patch.object(torch, "save", save_atomically):
+    with patched(torch, "save", save_atomically):
         yield

@@ -10,6 +10,7 @@ import yaml
 from espnet2.train.trainer import Trainer
 
 from dldkit.bin.asr_train import main
+from dldkit.errors import UserError
 from dldkit.tasks.asr import DLDASRTask
 from dldkit.tasks.sfm import SFMDistillTask
 from dldkit.train.stacking import StackingTrainer
@@ -103,6 +104,21 @@ def test_refuses_an_unknown_trainer(capsys):
     with pytest.raises(SystemExit):
         DLDASRTask.get_parser().parse_args(["--trainer", "growing"])
     assert "invalid choice: 'growing'" in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_an_error_of_a_spawned_process_is_one_line(
+    corpus, tmp_path, monkeypatch, capfd
+):
+    paths = [str(Path(training_process.__file__).parent), *sys.path]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    command = [*corpus.training(tmp_path / "exp"), "--ngpu", "2"]
+    command += ["--multiprocessing_distributed", "true"]
+    with pytest.raises(UserError, match="one of its processes"):
+        training_process.RefusingTask.main(cmd=command)
+    err = capfd.readouterr().err
+    assert "error: the data do not fit: mend them\n" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.integration

@@ -13,6 +13,7 @@ import torch
 import dldkit.train.stacking
 from dldkit.bin.asr_train import main
 from dldkit.depth.layers import GatedLayers
+from dldkit.errors import UserError
 from dldkit.tasks.asr import DLDASRTask
 
 
@@ -117,6 +118,15 @@ class FileOperations:
             if self.count == self.last:
                 die()
         self.done = self.checkpoints == 3
+
+
+class RefusingTask(DLDASRTask):
+    """Finds that something is wrong in the processes that it spawns only."""
+
+    @classmethod
+    def check_data(cls, args: argparse.Namespace) -> None:
+        if getattr(args, "local_rank", None) is not None:
+            raise UserError("the data do not fit: mend them")
 
 
 def work(args: argparse.Namespace, record: str) -> None:

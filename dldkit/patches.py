@@ -1,0 +1,74 @@
+"""Every place where dldkit changes what ESPnet or torch do, because there is no seam.
+
+- `patched`: ESPnet looks some classes and functions up by name in its own modules. For
+  the span of one call, another one stands there: `Speech2Text` (decoding at a depth, in
+  `dldkit.asr.inference`), the trainer's `Reporter` (only epochs at full depth can be
+  the best, in `dldkit.train.stacking`), and `torch.save` (files appear as a whole, in
+  `dldkit.train.trainer`).
+- `let_espnet_resolve_files`: ESPnet's commands open the files that a config names
+  relative to the working directory; here they look beside the config first. It replaces
+  `ASRTask.build_model_from_file`.
+- `be_importable_as_main`: processes that multi-GPU training spawns import their
+  parent's main module, except for one that is called `__main__`, as that of
+  `python -m dldkit` is. It replaces `sys.modules["__main__"]`.
+- `silence_flash_attention`: ESPnet prints in each process that a package is missing
+  which it does not need. Its module is imported early, and that one line is dropped.
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dldkit.config_files import resolved_config
+
+ATTENTION = "espnet2.legacy.nets.pytorch_backend.transformer.attention"
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `owner.name` be `value` while the context lasts."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def let_espnet_resolve_files() -> None:
+    """Let ESPnet's own commands find a config's files beside it."""
+    from espnet2.tasks.asr import ASRTask
+
+    build = ASRTask.build_model_from_file.__func__
+    if hasattr(build, "resolves_files"):
+        return
+
+    @functools.wraps(build)
+    def build_model_from_file(cls, config_file=None, model_file=None, device="cpu"):
+        if config_file is None:
+            config_file = Path(model_file).parent / "config.yaml"
+        with resolved_config(config_file) as config:
+            return build(cls, config, model_file, device)
+
+    build_model_from_file.resolves_files = True
+    ASRTask.build_model_from_file = classmethod(build_model_from_file)
+
+
+def be_importable_as_main(module: ModuleType) -> None:
+    """Let spawned children import `module` as their parent's main module."""
+    sys.modules["__main__"] = module
+
+
+def silence_flash_attention() -> None:
+    """Import ESPnet's attention without its message that flash_attn is missing."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        importlib.import_module(ATTENTION)
+    for line in said.getvalue().splitlines():
+        if not line.startswith("Failed to import Flash Attention"):
+            print(line, file=sys.stderr)
