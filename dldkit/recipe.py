@@ -83,6 +83,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     if not depths:
         raise UserError('--inference_depths is empty: name depths, such as "12 6 2"')
     settings["inference_depths"] = depths
+    settings["valid_depths"] = _valid_depths(config, depths)
     _check_checkpoint(options, "inference_asr_model", decoded, options["asr_exp"])
     _check_language_model(options)
     return settings
@@ -283,6 +284,26 @@ def _overrides(name: str, values: list[str]) -> DictConfig:
         )
     value: Any = [yaml.safe_load(value) for value in values]
     return OmegaConf.create({name: value[0] if len(value) == 1 else value})
+
+
+def _valid_depths(config: DictConfig, depths: str) -> str:
+    """Return the depths to validate at, as [12,6,2]: full, half, and the smallest used.
+
+    Empty for a system of one depth, and where the config says it itself.
+    """
+    encoder = config.get("encoder_conf") or {}
+    layers = encoder.get("num_blocks")
+    exits = encoder.get("interctc_layer_idx")
+    dynamic = exits or encoder.get("depth_sampler", "bernoulli") != "full"
+    if (
+        config.get("model") != "dld"
+        or not str(config.get("encoder")).startswith("ld_")
+        or not (layers and dynamic)
+        or OmegaConf.select(config, "model_conf.valid_depths") is not None
+    ):
+        return ""
+    chosen = {layers, layers // 2, min(map(int, depths.split()))} - {0}
+    return f"[{','.join(map(str, sorted(chosen, reverse=True)))}]"
 
 
 def _is_open(config: DictConfig, key: str) -> bool:

@@ -166,6 +166,7 @@ def check(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("conf").mkdir()
     config = dict(
+        encoder="ld_conformer",
         encoder_conf=dict(num_blocks=6),
         best_model_criterion=[["valid", "loss_ctc", "min"]],
         keep_nbest_models=[3, 5],
@@ -220,6 +221,21 @@ def test_criteria_of_the_command_line_count(check):
     words = "--best_model_criterion valid,acc,max train,loss,min --keep_nbest_models 2"
     for name in ("valid.acc.ave_2best.pth", "train.loss.best.pth"):
         check(asr_args=words, inference_asr_model=name)
+
+
+@pytest.mark.parametrize(
+    "system, depths, expected",
+    [
+        ("dld", "6 4 1", "[6,3,1]"),
+        ("rd", "6 3", "[6,3]"),
+        ("early_exit", "2", "[6,3,2]"),
+        ("static", "6 3", ""),
+    ],
+)
+def test_validation_is_at_full_half_and_the_smallest_depth(
+    check, system, depths, expected
+):
+    assert check(system=system, inference_depths=depths)["valid_depths"] == expected
 
 
 @pytest.mark.parametrize(

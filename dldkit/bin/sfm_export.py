@@ -8,7 +8,7 @@ load it.
 import argparse
 import logging
 
-from dldkit.bin.asr_inference import layer_list
+from dldkit.asr.inference import layer_list
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import report_user_errors
 

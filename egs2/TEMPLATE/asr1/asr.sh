@@ -107,6 +107,7 @@ template=$(dirname "$(readlink -f "$0")")
 
 systems="${template%/egs2/*}/conf/systems"
 needs_reference= # whether the system's config leaves one open
+valid_depths= # for the student's validation, as [12,6,2]
 check_options asr "${systems}"
 
 #
@@ -158,7 +159,10 @@ asr_exp=${asr_exp:-${expdir}/asr_${asr_tag}}
 
 no_reference= # why there are no stages 6 to 8
 no_posteriors= # why there is no stage 9
-reference_settings=()
+student_settings=()
+if [ -n "${valid_depths}" ]; then
+    student_settings=("model_conf.valid_depths=${valid_depths}")
+fi
 if ! "${needs_reference}"; then
     no_reference="${system} needs no reference"
 elif [ -n "${reference}" ]; then
@@ -176,7 +180,7 @@ else
     reference=${reference_exp}/posteriors
 fi
 if "${needs_reference}"; then
-    reference_settings=("model_conf.reference=${reference}")
+    student_settings+=("model_conf.reference=${reference}")
 fi
 
 # Statistics depend on the data and the frontend only, so that systems share them.
@@ -399,13 +403,13 @@ fi
 #
 if run_stage 10 "${skip_train}"; then
     log "Stage 10: Statistics for ${system}: ${asr_stats_dir}"
-    write_config "${asr_exp}" "${asr_config}" "${system}" "${reference_settings[@]}"
+    write_config "${asr_exp}" "${asr_config}" "${system}" "${student_settings[@]}"
     collect_stats "${asr_stats_dir}" "${asr_exp}" "${asr_options[@]}"
 fi
 
 if run_stage 11 "${skip_train}"; then
     log "Stage 11: Training of ${system}: ${asr_exp}"
-    write_config "${asr_exp}" "${asr_config}" "${system}" "${reference_settings[@]}"
+    write_config "${asr_exp}" "${asr_config}" "${system}" "${student_settings[@]}"
     if "${needs_reference}"; then stage_needs "${reference}" "stages 6 to 9"; fi
     train_model "${asr_exp}" "${asr_stats_dir}" "${asr_options[@]}"
 fi
