@@ -26,6 +26,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--audio_format", choices=("flac", "wav"), default="flac", help="for raw"
     )
     parser.add_argument("--n_mels", type=int, default=80, help="dimension of fbank")
+    parser.add_argument(
+        "--channel", type=int, help="to read, from 0; default: all of them, mixed"
+    )
     parser.add_argument("--nj", type=int, default=1, help="number of processes")
     parser.add_argument(
         "--parallel_config", help="YAML file that names a cluster, instead of --nj"
@@ -43,7 +46,9 @@ def main(cmd=None) -> None:
         level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
     )
     args = get_parser().parse_args(cmd)
-    form = Format(args.feats_type, args.fs, args.audio_format, args.n_mels)
+    form = Format(
+        args.feats_type, args.fs, args.audio_format, args.n_mels, args.channel
+    )
     format_data(
         args.src,
         args.dst,

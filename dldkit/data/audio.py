@@ -15,26 +15,30 @@ class BadAudio(ValueError):
 
 
 def read_audio(
-    path: str, start: float = 0.0, end: float | None = None
+    path: str,
+    start: float = 0.0,
+    end: float | None = None,
+    channel: int | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Read one utterance of a mono file that libsndfile knows (wav, flac, sph ...).
+    """Read one utterance of a file that libsndfile knows (wav, flac, sph ...).
 
     Args:
         start, end: the part to read, in seconds; `end=None` reads to the end.
+        channel: the one to read, from 0; None = all of them, mixed to one.
 
     Returns:
         samples (Time,), float32 in [-1, 1], and the sampling rate in Hz.
 
     Raises:
-        BadAudio: missing, unreadable, truncated, empty, or not mono.
+        BadAudio: missing, unreadable, truncated, empty, or without that channel.
     """
     if not Path(path).is_file():
         raise BadAudio(f"no such file: {path}")
     try:
         with soundfile.SoundFile(path) as audio:
             fs = audio.samplerate
-            if audio.channels != 1:
-                raise BadAudio(f"{audio.channels} channels, expected mono")
+            if channel is not None and not 0 <= channel < audio.channels:
+                raise BadAudio(f"no channel {channel}: it has {audio.channels}, from 0")
             declared = _declared_frames(path, audio)
             if declared > audio.frames:
                 raise BadAudio(f"truncated: {audio.frames} of {declared} samples")
@@ -51,11 +55,12 @@ def read_audio(
                     f"{audio.frames / fs:.2f} s of {path}"
                 )
             audio.seek(first)
-            samples = audio.read(last - first, dtype="float32")
+            samples = audio.read(last - first, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise BadAudio(f"unreadable: {error}")
     if len(samples) < last - first:
         raise BadAudio(f"truncated: {len(samples)} of {last - first} samples")
+    samples = samples.mean(1) if channel is None else samples[:, channel]
     if not np.isfinite(samples).all():
         raise BadAudio("samples that are not finite")
     return samples, fs

@@ -1,13 +1,11 @@
 """Data directories in ESPnet's layout: plain tables, read, written and checked."""
 
-import hashlib
-import json
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from dldkit.errors import UserError
+from dldkit.step import Step, atomic
 
 PathLike = str | Path
 Table = dict[str, str]
@@ -47,10 +45,8 @@ def write_table(path: PathLike, table: dict[str, object]) -> None:
     The file appears only when it is complete, so a killed run leaves no half table.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as lines:
+    with atomic(path) as part, part.open("w", encoding="utf-8") as lines:
         lines.writelines(f"{key} {table[key]}".rstrip() + "\n" for key in sorted(table))
-    part.replace(path)
 
 
 def write_data_dir(
@@ -187,53 +183,11 @@ def report_dropped(directory: PathLike, dropped: dict[str, str], total: int) -> 
     logging.warning(message)
 
 
-class Marker:
-    """Says what a directory was made from: `.part` while it is written, then `.done`.
-
-    It holds the options and a digest of the input tables. So a finished step is
-    skipped, an interrupted one goes on, and one whose input changed starts anew.
-    """
-
-    def __init__(self, src: PathLike, dst: PathLike, **options):
-        self.dst = Path(dst)
-        tables = [path for path in sorted(Path(src).iterdir()) if path.is_file()]
-        inputs = {
-            path.name: hashlib.sha1(path.read_bytes()).hexdigest()
-            for path in tables
-            if not path.name.startswith(".") and path.name != "dropped.txt"
-        }
-        content = {"src": str(src), "inputs": inputs, "options": options}
-        self.content = json.dumps(content, sort_keys=True, indent=1)
-        self.done, self.part = self.dst / ".done", self.dst / ".part"
-
-    def is_done(self) -> bool:
-        """Say (and log) whether the directory is finished with these very inputs."""
-        finished = self._matches(self.done)
-        if finished:
-            logging.info(f"{self.dst} is finished already, kept")
-        return finished
-
-    def start(self) -> None:
-        """Make the directory ready, and empty unless an interrupted run goes on.
-
-        Raises:
-            UserError: it holds files that no earlier run of ours wrote.
-        """
-        if self._matches(self.part):
-            return
-        if self.dst.is_dir() and any(self.dst.iterdir()):
-            if not self.done.is_file() and not self.part.is_file():
-                raise UserError(
-                    f"{self.dst} exists and was not written by this step: remove it, "
-                    "or choose another destination"
-                )
-            shutil.rmtree(self.dst)
-        self.dst.mkdir(parents=True, exist_ok=True)
-        self.part.write_text(self.content)
-
-    def finish(self) -> None:
-        """Mark the directory as finished."""
-        self.part.replace(self.done)
-
-    def _matches(self, path: Path) -> bool:
-        return path.is_file() and path.read_text() == self.content
+def step_of(src: PathLike, dst: PathLike, **options: object) -> Step:
+    """Return the step that makes `dst` from the tables of `src`."""
+    tables = {
+        path.name: path
+        for path in sorted(Path(src).iterdir())
+        if path.is_file() and path.name[0] != "." and path.name != "dropped.txt"
+    }
+    return Step(dst, tables, **options)

@@ -1,5 +1,6 @@
 """Stage 3: bring every utterance of a data directory into one format."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -7,16 +8,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
 from dldkit.data.audio import BadAudio, convert, read_audio, write_audio
 from dldkit.data.datadir import (
-    Marker,
     Table,
     empty_transcripts,
     read_table,
     report_dropped,
+    step_of,
     subset_data_dir,
     utterances,
     write_table,
@@ -37,12 +39,14 @@ class Format:
         fs: sampling rate in Hz of `raw`, and of the audio behind `fbank`.
         audio_format: `flac` or `wav`, 16 bit.
         n_mels: dimension of `fbank`.
+        channel: of recordings that have several, from 0; None = all of them, mixed.
     """
 
     feats_type: str = "raw"
     fs: int = 16000
     audio_format: str = "flac"
     n_mels: int = 80
+    channel: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,20 @@ def format_data(
         UserError: `src` is inconsistent, or nothing in it can be used.
     """
     utts = utterances(src, text)
-    marker = Marker(src, dst, **asdict(form), text=text)
-    if marker.is_done():
-        return
-    marker.start()
+    with step_of(src, dst, **asdict(form), text=text) as step:
+        if not step.done:
+            _format(src, dst, utts, form, nj, parallel_config, text)
+
+
+def _format(
+    src: str,
+    dst: str,
+    utts: list[str],
+    form: Format,
+    nj: int,
+    parallel_config: str | None,
+    text: bool,
+) -> None:
     logging.info(f"formatting {src} -> {dst}: {form.feats_type}")
     silent = empty_transcripts(src) if text else set()
     spoken = [utt for utt in utts if utt not in silent]
@@ -114,7 +128,6 @@ def format_data(
         logging.info(f"{src}: resampled from {rate} Hz to {form.fs} Hz")
     _write_tables(src, Path(dst), form, outcome)
     shutil.rmtree(Path(dst) / "chunks", ignore_errors=True)
-    marker.finish()
 
 
 def read_utterances(src: str, utts: list[str]) -> list[Utterance]:
@@ -169,14 +182,14 @@ def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> O
 
 
 def _load(
-    chunk: list[Utterance], fs: int, outcome: Outcome
+    chunk: list[Utterance], form: Format, outcome: Outcome
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield what is usable as (id, samples (Time,) at `fs` Hz); note what is not."""
+    """Yield what is usable, as (id, samples (Time,) at `form.fs` Hz); note the rest."""
     for utt in chunk:
         try:
-            samples, rate = read_audio(utt.path, utt.start, utt.end)
+            samples, rate = read_audio(utt.path, utt.start, utt.end, form.channel)
             outcome.rates[utt.id] = rate
-            yield utt.id, convert(samples, rate, fs, utt.speed)
+            yield utt.id, convert(samples, rate, form.fs, utt.speed)
         except BadAudio as error:
             outcome.dropped[utt.id] = str(error)
 
@@ -184,13 +197,23 @@ def _load(
 def _write_raw(chunk: list[Utterance], directory: Path, form: Format) -> Outcome:
     outcome = Outcome()
     directory.mkdir(parents=True, exist_ok=True)
-    for utt, samples in _load(chunk, form.fs, outcome):
-        # Ids may hold slashes; file names may not.
-        path = directory / f"{utt.replace('/', '_')}.{form.audio_format}"
+    for utt, samples in _load(chunk, form, outcome):
+        path = directory / f"{file_name(utt)}.{form.audio_format}"
         write_audio(path, samples, form.fs)
         outcome.entries[utt] = str(path)
         outcome.sizes[utt] = str(len(samples))
     return outcome
+
+
+def file_name(utt: str) -> str:
+    """Return a name for an utterance's file that no other utterance has.
+
+    Ids may hold slashes, and may be longer than a file's name may be.
+    """
+    name = quote(utt, safe=" !#$&'()+,;=@[]^`{}~")
+    if len(name) > 200:
+        return f"{name[:100]}%{hashlib.sha256(utt.encode()).hexdigest()}"
+    return name
 
 
 def _write_fbank(chunk: list[Utterance], directory: Path, form: Format) -> Outcome:
@@ -203,7 +226,7 @@ def _write_fbank(chunk: list[Utterance], directory: Path, form: Format) -> Outco
     extractor = Fbank(FbankConfig(sampling_rate=form.fs, num_mel_bins=form.n_mels))
     ark, scp = directory / "feats.ark", directory / "feats.scp"
     with kaldiio.WriteHelper(f"ark,scp:{ark},{scp}") as writer:
-        for utt, samples in _load(chunk, form.fs, outcome):
+        for utt, samples in _load(chunk, form, outcome):
             # Kaldi's scale is that of 16 bit integers. At a scale of 1, the floor of
             # the logarithm would hide the quiet parts of speech.
             feats = extractor.extract(samples * 32768, form.fs)

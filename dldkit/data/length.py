@@ -6,10 +6,10 @@ from pathlib import Path
 import soundfile
 
 from dldkit.data.datadir import (
-    Marker,
     empty_transcripts,
     read_table,
     report_dropped,
+    step_of,
     subset_data_dir,
     utterances,
     write_table,
@@ -36,12 +36,21 @@ def filter_data(
         UserError: nothing is left.
     """
     utts = utterances(src, text)
-    marker = Marker(
-        src, dst, min_length=min_length, max_length=max_length, fs=fs, text=text
-    )
-    if marker.is_done():
-        return
-    marker.start()
+    options = dict(min_length=min_length, max_length=max_length, fs=fs, text=text)
+    with step_of(src, dst, **options) as step:
+        if not step.done:
+            _filter(src, dst, utts, **options)
+
+
+def _filter(
+    src: str,
+    dst: str,
+    utts: list[str],
+    min_length: float,
+    max_length: float,
+    fs: int | None,
+    text: bool,
+) -> None:
     directory = Path(src)
     raw = (directory / "utt2num_samples").is_file()
     scp, sizes = ("wav.scp", "utt2num_samples") if raw else ("feats.scp", "feats_shape")
@@ -68,4 +77,3 @@ def filter_data(
         if (directory / name).is_file():
             (Path(dst) / name).write_text((directory / name).read_text())
     logging.info(f"{dst}: kept {len(kept)} of {len(utts)} utterances")
-    marker.finish()

@@ -100,7 +100,6 @@ def test_streamed_wav_of_unknown_size_is_good(recording, tmp_path):
         (b"", "unreadable"),
         (b"this is no audio" * 99, "unreadable"),
         (np.zeros((0,)), "no samples"),
-        (np.zeros((800, 2)), "2 channels"),
         (np.full(800, np.nan), "not finite"),
     ],
 )
@@ -112,6 +111,23 @@ def test_bad_audio_has_its_reason(tmp_path, content, reason):
         soundfile.write(path, content, 8000, subtype="FLOAT")
     with pytest.raises(BadAudio, match=reason):
         read_audio(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_channels_are_mixed_or_chosen(recording, tmp_path, name):
+    speech, fs = read_audio(recording)
+    other = np.roll(speech, 1000)
+    path = str(tmp_path / name)
+    soundfile.write(path, np.stack([speech, other], 1), fs, subtype="PCM_16")
+    integers = [soundfile.read(path, dtype="int16")[0][:, i] for i in (0, 1)]
+    first, second = (values.astype(np.float32) / 32768 for values in integers)
+    np.testing.assert_array_equal(read_audio(path, channel=0)[0], first)
+    np.testing.assert_array_equal(read_audio(path, channel=1)[0], second)
+    mixed = read_audio(path)[0]
+    np.testing.assert_allclose(mixed, (first + second) / 2, atol=1e-7)
+    for channel in (2, -1):
+        with pytest.raises(BadAudio, match=f"no channel {channel}: it has 2"):
+            read_audio(path, channel=channel)
 
 
 @pytest.mark.parametrize("fs, target", [(8000, 16000), (44100, 16000), (16000, 8000)])

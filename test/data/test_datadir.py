@@ -1,13 +1,11 @@
-import shutil
-
 import pytest
 
 from dldkit.bin.validate_data import main
 from dldkit.data.datadir import (
-    Marker,
     read_table,
     report_dropped,
     spk2utt,
+    step_of,
     subset_data_dir,
     utterances,
     write_data_dir,
@@ -139,34 +137,19 @@ def test_dropped_are_listed_and_all_is_too_many(tmp_path, caplog):
         report_dropped(tmp_path, {"a": "too long"}, total=1)
 
 
-class TestMarker:
-    def make(self, directory, **options):
-        return Marker(directory, directory.parent / "out", **options)
+def test_step_of_knows_the_tables_by_content(directory):
+    """What stages drop is their output, and no input of the next one."""
+    out = directory.parent / "out"
 
-    def test_finished_is_kept_until_options_or_input_change(self, directory):
-        marker = self.make(directory, fs=8000)
-        assert not marker.is_done()
-        marker.start()
-        assert not marker.is_done()
-        marker.finish()
-        assert self.make(directory, fs=8000).is_done()
-        assert not self.make(directory, fs=16000).is_done()
-        text = (directory / "text").read_text()
-        (directory / "text").write_text(text.replace("ONE", "SIX"))  # of equal size
-        assert not self.make(directory, fs=8000).is_done()
+    def is_done(**options):
+        return step_of(directory, out, **options).is_done()
 
-    def test_interrupted_goes_on_and_changed_starts_anew(self, directory):
-        out = directory.parent / "out"
-        self.make(directory, fs=8000).start()
-        (out / "half").touch()
-        self.make(directory, fs=8000).start()
-        assert (out / "half").exists()
-        self.make(directory, fs=16000).start()
-        assert not (out / "half").exists()
-
-    def test_never_deletes_what_it_did_not_write(self, directory):
-        out = directory.parent / "out"
-        shutil.copytree(directory, out)
-        with pytest.raises(UserError, match="not written by this step"):
-            self.make(directory).start()
-        assert (out / "text").exists()
+    with step_of(directory, out, fs=8000):
+        pass
+    assert is_done(fs=8000) and not is_done(fs=16000)
+    (directory / "text").touch()
+    (directory / "dropped.txt").write_text("a reason\n")
+    assert is_done(fs=8000)
+    text = (directory / "text").read_text()
+    (directory / "text").write_text(text.replace("ONE", "SIX"))  # of equal size
+    assert not is_done(fs=8000)

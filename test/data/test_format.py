@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 
 import kaldiio
 import numpy as np
@@ -39,6 +41,34 @@ def test_raw_keeps_the_samples_and_the_tables(train, tmp_path):
         assert (out / name).read_text() == (train / name).read_text()
     assert (out / "feats_type").read_text() == "raw\n"
     assert (out / "dropped.txt").read_text() == ""
+
+
+def test_ids_that_look_alike_have_files_of_their_own(train, tmp_path):
+    """With slashes, too long for a file's name, and of any script."""
+    paths = list(scp(train).values())
+    ids = ["s/1", "s_1", "s%2F1", "x" * 250, "x" * 251, "数字/一"]
+    wavs = {utt: paths[i % len(paths)] for i, utt in enumerate(ids)}
+    write_table(train / "wav.scp", wavs)
+    write_table(train / "text", dict.fromkeys(ids, "ONE"))
+    write_table(train / "utt2spk", dict.fromkeys(ids, "s"))
+    (train / "spk2utt").unlink()
+    format_data(train, tmp_path / "my out", Format())
+    found = scp(tmp_path / "my out")
+    assert len(set(found.values())) == len(ids)
+    for utt, path in wavs.items():
+        np.testing.assert_array_equal(read_audio(found[utt])[0], read_audio(path)[0])
+
+
+def test_two_jobs_at_once_format_once(train, tmp_path):
+    command = [sys.executable, "-m", "dldkit.bin.format_data"]
+    command += [str(train), str(tmp_path / "out")]
+    jobs = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    logs = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert sum("formatting" in log for log in logs) == 1
+    assert sorted(scp(tmp_path / "out")) == sorted(scp(train))
 
 
 def test_resampling_is_done_and_logged(train, tmp_path, caplog):
@@ -119,7 +149,7 @@ def test_inconsistent_and_unsupported_input_is_refused(train, tmp_path):
     write_table(train / "wav.scp", {utt: f"cat {p} |" for utt, p in scp(train).items()})
     with pytest.raises(UserError, match="is a command"):
         format_data(train, tmp_path / "out", Format())
-    with pytest.raises(UserError, match="not written by this step"):
+    with pytest.raises(UserError, match="holds other files"):
         format_data(train, train, Format())
 
 
