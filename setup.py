@@ -17,6 +17,7 @@ setup(
         "numpy",
         "pyyaml",
         "jiwer",
+        "scipy",
         "lhotse",
         "dask[distributed]",
         "matplotlib",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Sequence, Union
 
 import numpy as np
+from scipy.stats import binomtest
 
 from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
@@ -158,10 +159,16 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of the error rate, resampling utterances.
 
+    Without any error there is nothing to resample: then it is the exact binomial
+    interval of as many correct units, which ends above zero.
+
     Args:
         samples: How many sets of ``len(score.utt_ids)`` utterances are drawn.
         coverage: Share of the resampled error rates inside the interval.
     """
+    if not score.errors.any():
+        exact = binomtest(0, int(score.lengths.sum())).proportion_ci(coverage)
+        return float(exact.low), float(exact.high)
     n = len(score.utt_ids)
     rng = np.random.default_rng(seed)
     rates: list[np.ndarray] = []
