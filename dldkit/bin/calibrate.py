@@ -6,6 +6,7 @@ import logging
 
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import report_user_errors
+from dldkit.options import depth_list
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -16,7 +17,12 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--asr_model_file", required=True, help="checkpoint, beside its config.yaml")
     add("--data_dir", required=True, help="training speech: dump/raw/train")
-    add("--depths", required=True, help='numbers of layers: "12 10 8 6 4 2"')
+    add(
+        "--depths",
+        type=depth_list,
+        required=True,
+        help='numbers of layers: "12 10 8 6 4 2"',
+    )
     add("--selector", choices=list(SELECTORS), help="default: as the model was trained")
     add("--num_utts", type=int, default=300, help="utterances to calibrate on")
     add("--batch_size", type=int, default=20, help="utterances per unpadded batch")
@@ -31,7 +37,6 @@ def main(cmd=None) -> None:
 
     args = get_parser().parse_args(cmd)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")
-    args.depths = [int(depth) for depth in args.depths.split()]
     write_depth_profile(**vars(args))
 
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from dldkit.errors import report_user_errors
+from dldkit.options import depth_list
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -18,7 +19,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--asr_exp", required=True, help="experiment directory")
     add("--inference_asr_model", required=True, help="checkpoint in it")
     add("--data_dirs", nargs="+", required=True, help="dump/raw/test_a dump/raw/test_b")
-    add("--depths", required=True, help='numbers of layers: "12 10 8 6 4 2"')
+    add(
+        "--depths",
+        type=depth_list,
+        required=True,
+        help='numbers of layers: "12 10 8 6 4 2"',
+    )
     add("--inference_tag", required=True, help="results go to EXP/TAG/depthN/SET")
     add("--inference_args", default="", help="options of dldkit.bin.asr_inference")
     add("--nj", type=int, default=1, help="number of jobs")
@@ -36,7 +42,7 @@ def main(cmd=None) -> None:
     decode_depths(
         Path(args.asr_exp) / args.inference_asr_model,
         args.data_dirs,
-        [int(depth) for depth in args.depths.split()],
+        args.depths,
         Path(args.asr_exp) / args.inference_tag,
         shlex.split(args.inference_args),
         args.nj,
