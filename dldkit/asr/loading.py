@@ -93,18 +93,24 @@ def check_weights(
     states: Mapping[str, torch.Tensor],
     checkpoint: Union[str, Path],
 ) -> None:
-    """Refuse a checkpoint that left weights of `model` untouched.
+    """Refuse a checkpoint that left weights of `model` untouched, or has more layers.
 
     ESPnet loads with strict=False, so a checkpoint that fits nothing loads silently.
 
     Raises:
-        UserError: naming the weights that the checkpoint lacks.
+        UserError: naming the weights that the checkpoint, or the model, lacks.
     """
     missing = sorted(set(model.state_dict()) - set(states))
     if missing:
         raise UserError(
             f"{checkpoint} lacks {len(missing)} of the model's weights "
             f"({', '.join(missing[:3])} ...): it belongs to another config.yaml"
+        )
+    extra = sorted(set(encoder_states(states)) - set(model.encoder.state_dict()))
+    if extra:
+        raise UserError(
+            f"{checkpoint} has {len(extra)} encoder weights that the config does not "
+            f"know ({', '.join(extra[:3])} ...): it belongs to another config.yaml"
         )
 
 

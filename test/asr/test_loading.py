@@ -1,5 +1,6 @@
 import pytest
 import torch
+import yaml
 from espnet2.bin import pack
 
 from dldkit.asr.loading import find_checkpoint, load_asr_model
@@ -77,6 +78,15 @@ def test_refuses_a_checkpoint_that_fits_nothing(static, tmp_path):
     torch.save({"some.other.weight": torch.zeros(3)}, checkpoint)
     with pytest.raises(UserError, match=f"{checkpoint} lacks .*ctc.ctc_lo.bias"):
         load_asr_model(tmp_path)
+
+
+def test_refuses_a_checkpoint_that_has_more_layers(static, tmp_path):
+    config = yaml.safe_load((static / "config.yaml").read_text())
+    config["encoder_conf"]["num_blocks"] = 3
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "model.pth").write_bytes((static / "3epoch.pth").read_bytes())
+    with pytest.raises(UserError, match=r"has \d+ encoder weights .*encoders.3."):
+        load_asr_model(tmp_path / "model.pth")
 
 
 def test_refuses_a_checkpoint_that_lacks_a_layer(static, tmp_path):
