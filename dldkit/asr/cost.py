@@ -28,7 +28,7 @@ def parameters_in_use(model: AbsESPnetModel) -> int:
     modules = [getattr(model, name, None) for name in path]
     used = {p for module in modules if module is not None for p in module.parameters()}
     if hasattr(model.encoder, "active_layers"):
-        slots = model.encoder.encoders
+        slots = model.encoder.gates
         running: set[torch.nn.Parameter] = set()
         for slot, layer in enumerate(slots.children()):
             used.difference_update(layer.parameters())
