@@ -21,6 +21,7 @@ from dldkit.data.audio import BadAudio, read_audio
 from dldkit.data.datadir import Table, read_table
 from dldkit.errors import UserError
 from dldkit.sfm.teacher import open_teacher, teacher_info
+from dldkit.step import digest
 
 PathLike = Union[str, Path]
 Pair = tuple[PathLike, PathLike]
@@ -215,8 +216,8 @@ def _cached_states(path, digits: Pair, strings: Pair, cache: Path, device: str):
 
     Those of single digits are means over time.
     """
-    request = [[str(path), *_stamps(path)]]
-    request += [[str(d), *_stamps(Path(d) / "wav.scp")] for d in (*digits, *strings)]
+    request = [[str(path), *_digests(path)]]
+    request += [[str(d), *_digests(Path(d) / "wav.scp")] for d in (*digits, *strings)]
     if cache.is_file():
         kept = torch.load(cache, weights_only=True)
         if kept["request"] == request:
@@ -238,12 +239,11 @@ def _cached_states(path, digits: Pair, strings: Pair, cache: Path, device: str):
     return states
 
 
-def _stamps(path: PathLike) -> list[str]:
-    """Name, size and time of the files of a model (none for one of the hub)."""
+def _digests(path: PathLike) -> list[str]:
+    """Name and content of the files of a model (none for one of the hub)."""
     path = Path(path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    stats = [(f.name, f.stat()) for f in files if f.is_file()]
-    return [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return [f"{file.name} {digest(file)}" for file in files if file.is_file()]
 
 
 def _hidden_states(upstream, directory: PathLike, device: str):
