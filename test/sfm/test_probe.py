@@ -213,8 +213,10 @@ def test_hidden_states_are_kept_until_model_or_data_change(probe, data, tmp_path
 
     test_dir = Path(data[2])
     file = sorted(test_dir.glob("*.wav"))[0]
-    soundfile.write(file, 0.1 * np.random.default_rng(0).standard_normal(4000), 16000)
-    (test_dir / "wav.scp").touch()
+    other = tmp_path / "other.wav"
+    soundfile.write(other, 0.1 * np.random.default_rng(0).standard_normal(4000), 16000)
+    table = (test_dir / "wav.scp").read_text()
+    (test_dir / "wav.scp").write_text(table.replace(str(file), str(other)))
     probe(*options)
     assert not torch.equal(kept(), second)
 
