@@ -100,13 +100,14 @@ def check_weights(
     Raises:
         UserError: naming the weights that the checkpoint, or the model, lacks.
     """
-    missing = sorted(set(model.state_dict()) - set(states))
+    known = set(model.state_dict())
+    missing = sorted(known - set(states))
     if missing:
         raise UserError(
             f"{checkpoint} lacks {len(missing)} of the model's weights "
             f"({', '.join(missing[:3])} ...): it belongs to another config.yaml"
         )
-    extra = sorted(set(encoder_states(states)) - set(model.encoder.state_dict()))
+    extra = sorted(name for name in set(states) - known if name.startswith("encoder."))
     if extra:
         raise UserError(
             f"{checkpoint} has {len(extra)} encoder weights that the config does not "
