@@ -17,7 +17,9 @@ def report_user_errors(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            lines = [line.strip() for line in str(error).splitlines()]
+            # a DataLoader puts the traceback of its worker in front
+            message = str(error).rpartition(f"{UserError.__qualname__}: ")[2]
+            lines = [line.strip() for line in message.splitlines()]
             print(f"error: {' '.join(lines)}", file=sys.stderr)
             sys.exit(1)
 

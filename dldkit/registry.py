@@ -14,6 +14,7 @@ from dldkit.asr.encoder import (
 )
 from dldkit.asr.model import DLDModel
 from dldkit.asr.normalize import GlobalMVN, UtteranceMVN
+from dldkit.data.frames import register_data_type
 from dldkit.patches import let_espnet_resolve_files
 
 
@@ -27,4 +28,5 @@ def register() -> None:
     )
     model_choices.classes.update(dld=DLDModel)
     normalize_choices.classes.update(global_mvn=GlobalMVN, utterance_mvn=UtteranceMVN)
+    register_data_type()
     let_espnet_resolve_files()

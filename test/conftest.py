@@ -13,6 +13,8 @@ import pytest
 import soundfile
 import torch
 import yaml
+from espnet2.train.collate_fn import common_collate_fn
+from espnet2.train.dataset import ESPnetDataset
 
 torch.set_num_threads(1)  # the models are tiny
 
@@ -274,9 +276,21 @@ def build(corpus, tmp_path):
 
 @pytest.fixture
 def batch(corpus):
-    """Return a function that pads utterances to a batch, as the trainer does."""
+    """Return a function that pads utterances to a batch, as the trainer does.
 
-    def padded(*utts: str, device: str = "cpu") -> dict[str, Any]:
+    With a `cache`, the batch has the posteriors of that directory, read by ESPnet.
+    """
+    import dldkit
+
+    dldkit.register()
+
+    def padded(*utts: str, device: str = "cpu", cache=None) -> dict[str, Any]:
+        stored = {}
+        if cache is not None:
+            entry = (f"{cache}/posteriors.scp", "posteriors", "numpy_ark")
+            data = ESPnetDataset([entry])
+            stored = common_collate_fn([data[u] for u in utts], int_pad_value=-1)[1]
+            stored = {name: value.to(device) for name, value in stored.items()}
         speech = [torch.from_numpy(corpus.speech(utt)) for utt in utts]
         digits = [{**TRAIN, **DEV}[utt] for utt in utts]
         text = [torch.tensor([2 + int(d) for d in ds]) for ds in digits]
@@ -287,6 +301,7 @@ def batch(corpus):
             text=pad(text, batch_first=True, padding_value=-1).to(device),
             text_lengths=torch.tensor([len(t) for t in text], device=device),
             utt_id=list(utts),
+            **stored,
         )
 
     return padded

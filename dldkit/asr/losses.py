@@ -1,27 +1,9 @@
 """The distillation loss between CTC posteriors."""
 
-from dataclasses import dataclass
-from typing import Optional
-
 import torch
 
+from dldkit.asr.posteriors import Posteriors
 from dldkit.errors import UserError
-
-
-@dataclass
-class Posteriors:
-    """CTC log-posteriors of a reference, for a padded batch.
-
-    Args:
-        log_probs: (Batch, Time, Vocab), or (Batch, Time, K + 1) when just the K
-            likeliest tokens were kept: the last bin then holds all other tokens.
-        lengths: valid frames (Batch,).
-        tokens: the K tokens of each frame (Batch, Time, K); None = all tokens.
-    """
-
-    log_probs: torch.Tensor
-    lengths: torch.Tensor
-    tokens: Optional[torch.Tensor] = None
 
 
 class CTCPosteriorKL(torch.nn.Module):

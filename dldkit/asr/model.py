@@ -85,6 +85,8 @@ class DLDModel(ESPnetASRModel):
         speech_lengths: torch.Tensor,
         text: torch.Tensor,
         text_lengths: torch.Tensor,
+        posteriors: Optional[torch.Tensor] = None,
+        posteriors_lengths: Optional[torch.Tensor] = None,
         **kwargs,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return the loss, its parts, and the batch size.
@@ -94,8 +96,11 @@ class DLDModel(ESPnetASRModel):
             speech_lengths: (Batch,).
             text: (Batch, Length).
             text_lengths: (Batch,).
-            kwargs: `utt_id`, a list, finds cached posteriors.
+            posteriors: of a cached reference, as ESPnet read them (Batch, Time, ...).
+            posteriors_lengths: (Batch,).
+            kwargs: `utt_id`, a list, for messages.
         """
+        stored = dict(posteriors=posteriors, posteriors_lengths=posteriors_lengths)
         # ESPnet normalises features in place, and the reference needs them as they are
         features = speech.clone() if self.frontend is None else speech
         loss, stats, weight = super().forward(
@@ -108,10 +113,16 @@ class DLDModel(ESPnetASRModel):
             (encoder_out, lengths), self._encoded = self._encoded, None
             if isinstance(encoder_out, tuple):  # with intermediate outputs
                 encoder_out = encoder_out[0]
-            posteriors = self.open_reference()(
-                speech, speech_lengths, lengths, kwargs.get("utt_id")
-            )
-            loss_kd = self.kd_loss(self.ctc.ctc_lo(encoder_out), posteriors)
+            reference = self.open_reference()
+            found = reference(speech, speech_lengths, **stored)
+            if not torch.equal(found.lengths, lengths.to(found.lengths)):
+                raise UserError(
+                    f"the reference {reference.path} gives {found.lengths.tolist()} "
+                    f"frames where the student gives {lengths.tolist()} (utterances "
+                    f"{kwargs.get('utt_id')}); posteriors that were collected from "
+                    "other audio, or features, have to be collected again (stage 9)"
+                )
+            loss_kd = self.kd_loss(self.ctc.ctc_lo(encoder_out), found)
             loss = loss + self.kd_weight * loss_kd
             new_stats["loss_kd"] = loss_kd.detach()
             new_stats["loss"] = loss.detach()

@@ -26,7 +26,7 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd=None) -> None:
     """Run the command."""
-    from dldkit.asr.posteriors import collect_posteriors
+    from dldkit.asr.collection import collect_posteriors
 
     args = get_parser().parse_args(cmd)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")

@@ -18,6 +18,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_dirs", nargs="+", required=True, help="training and validation speech")
     add("--output_dir", required=True, help="for targets.scp and the arks")
     add("--nj", type=int, default=1, help="number of jobs")
+    add("--ngpu", type=int, default=0, choices=[0, 1], help="1 = compute on the GPU")
     add("--parallel_config", help="YAML of a cluster, see dldkit.parallel")
     return parser
 

@@ -10,6 +10,7 @@ from dldkit.errors import UserError
 
 FRAME = 320  # samples between frames: crops begin at a frame of the cached targets
 SHORTEST = 2 * FRAME
+TARGETS = "targets"  # the name of the data, and of their table
 
 
 class CropCollateFn:
@@ -45,10 +46,13 @@ class CropCollateFn:
     def __call__(
         self, data: Collection[tuple[str, dict[str, np.ndarray]]]
     ) -> tuple[list[str], dict[str, torch.Tensor]]:
-        """Return names and `speech`, `speech_lengths`, `crop_starts` (Batch, ...).
+        """Return names and `speech`, `speech_lengths`, ... (Batch, ...).
+
+        Where the data have `targets`, one for each frame, these are cut as well.
 
         Raises:
-            UserError: when an utterance is shorter than two frames.
+            UserError: when an utterance is shorter than two frames, or its targets are
+                those of other audio.
         """
         sizes = [int(min(len(d["speech"]), self.max_samples)) for _, d in data]
         if min(sizes) < SHORTEST:
@@ -59,20 +63,30 @@ class CropCollateFn:
             )
         if self.crop:
             sizes = [min(sizes)] * len(sizes)
-        starts = [
-            self._start(len(d["speech"]) - size) for (_, d), size in zip(data, sizes)
-        ]
-        utts, batch = common_collate_fn(
-            [
-                (utt, {"speech": d["speech"][start : start + size]})
-                for (utt, d), start, size in zip(data, starts, sizes)
-            ]
-        )
-        batch["crop_starts"] = torch.tensor(starts)
-        return utts, batch
+        crops = []
+        for (utt, whole), size in zip(data, sizes):
+            start = self._start(len(whole["speech"]) - size)
+            crop = {"speech": whole["speech"][start : start + size]}
+            if TARGETS in whole:
+                _refuse_others_targets(utt, whole)
+                frames = slice(start // FRAME, (start + size) // FRAME)
+                crop[TARGETS] = whole[TARGETS][frames]
+            crops.append((utt, crop))
+        return common_collate_fn(crops)
 
     def _start(self, spare: int) -> int:
         frames = spare // FRAME
         # numpy's generator: ESPnet seeds it by epoch, and in each worker
         frame = np.random.randint(frames + 1) if self.train else frames // 2
         return int(frame) * FRAME
+
+
+def _refuse_others_targets(utt: str, whole: dict[str, np.ndarray]) -> None:
+    samples, frames = len(whole["speech"]), len(whole[TARGETS])
+    # HuBERT's CNN gives a frame less where the last one would need more samples
+    if abs(frames - samples // FRAME) > 1:
+        raise UserError(
+            f"utterance {utt} has {samples} samples and {frames} cached targets, one "
+            f"for {FRAME} samples: they were collected from other audio; collect them "
+            "again (python -m dldkit.bin.sfm_collect_targets)"
+        )

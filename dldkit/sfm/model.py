@@ -10,7 +10,7 @@ from dldkit.depth.sampler import build_sampler
 from dldkit.errors import UserError
 from dldkit.sfm.loss import HiddenStateLoss, trim
 from dldkit.sfm.student import build_student
-from dldkit.sfm.teacher import Teacher, open_teacher
+from dldkit.sfm.teacher import CachedTeacher, Teacher, open_teacher
 from dldkit.sfm.wave import (
     cnn_features,
     frame_lengths,
@@ -98,7 +98,8 @@ class SFMDistillModel(AbsESPnetModel):
         self,
         speech: torch.Tensor,
         speech_lengths: torch.Tensor,
-        crop_starts: Optional[torch.Tensor] = None,
+        targets: Optional[torch.Tensor] = None,
+        targets_lengths: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return the loss, its parts, and the batch size.
@@ -106,25 +107,28 @@ class SFMDistillModel(AbsESPnetModel):
         Args:
             speech: (Batch, Samples).
             speech_lengths: (Batch,).
-            crop_starts: where in its utterance each crop begins, in samples (Batch,).
-            kwargs: `utt_id`, a list, finds cached targets.
+            targets: of a cached teacher, as ESPnet read them and `CropCollateFn` cut
+                them (Batch, Time, Layers, Dim).
+            targets_lengths: (Batch,).
+            kwargs: `utt_id`, a list, for messages.
         """
         speech = speech[:, : speech_lengths.max()]
         teacher = self.open_teacher(speech.device)
         features = self.cnn_features(speech, speech_lengths)
-        targets, target_lengths = teacher(
-            speech,
-            speech_lengths,
-            kwargs.get("utt_id"),
-            crop_starts,
-            **({"features": features} if self._shares_cnn else {}),
+        known = {}
+        if isinstance(teacher, CachedTeacher):
+            known = dict(targets=targets, targets_lengths=targets_lengths)
+        elif self._shares_cnn:
+            known = dict(features=features)
+        expected, expected_lengths = teacher(
+            speech, speech_lengths, kwargs.get("utt_id"), **known
         )
         lengths = frame_lengths(self.student, speech_lengths)
         states = hidden_states(self.student, features, lengths)
-        states, targets, lengths = trim(states, lengths, targets, target_lengths)
+        states, expected, lengths = trim(states, lengths, expected, expected_lengths)
         depth = len(states) - 1
         loss, stats = self.loss(
-            states, targets, lengths, self.student_layers.get(depth)
+            states, expected, lengths, self.student_layers.get(depth)
         )
         stats.update(loss=loss.detach(), depth=float(depth))
         return force_gatherable((loss, stats, speech.size(0)), loss.device)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Optional, Protocol, Sequence, Union
 
 import humanfriendly
-import kaldiio
 import torch
 import transformers
 import yaml
@@ -16,7 +15,6 @@ from espnet2.main_funcs.pack_funcs import unpack
 from espnet2.tasks.ssl import SSLTask
 from espnet2.tasks.ssl import encoder_choices as ssl_encoders
 from espnet2.utils.get_default_kwargs import get_default_kwargs
-from torch.nn.utils.rnn import pad_sequence
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dldkit.asr.loading import check_weights, find_checkpoint, read_checkpoint
@@ -30,7 +28,6 @@ from dldkit.sfm.wave import (
     outputs_of,
 )
 
-TARGETS_SCP = "targets.scp"
 TARGETS_DESCRIPTION = "teacher.yaml"
 FRAME_SHIFT = 320  # samples: one frame of HuBERT, WavLM, wav2vec2, and Whisper
 WAVE_MODELS = ("hubert", "wavlm", "wav2vec2", "unispeech-sat", "data2vec-audio")
@@ -50,16 +47,15 @@ class Teacher(Protocol):
         speech: torch.Tensor,
         speech_lengths: torch.Tensor,
         utt_ids: Optional[Sequence[str]] = None,
-        crop_starts: Optional[torch.Tensor] = None,
+        **known: torch.Tensor,
     ) -> Targets:
         """Return float32 (Batch, Time, Dim) for each layer, and valid frames (Batch,).
 
         Args:
             speech: (Batch, Samples), as it was recorded: the teacher normalises it.
             speech_lengths: (Batch,).
-            utt_ids: the utterances' names; cached targets are found by them.
-            crop_starts: first sample of each crop in its utterance (Batch,), multiples
-                of 320; None for whole utterances. Only cached targets need it.
+            utt_ids: the utterances' names, for messages.
+            known: what a kind of teacher need not compute, see there.
 
         Raises:
             UserError: for speech that the teacher can not take.
@@ -126,9 +122,14 @@ def open_teacher(
         return _teacher_class(path)(path, info, layers, device)
 
 
+def is_cached(path: PathLike) -> bool:
+    """Say whether `path` is a directory of cached targets."""
+    return (Path(path) / TARGETS_DESCRIPTION).is_file()
+
+
 def _teacher_class(path: PathLike) -> type:
     directory = Path(path)
-    if (directory / TARGETS_DESCRIPTION).is_file():
+    if is_cached(path):
         return CachedTeacher
     if directory.is_file() or (directory / "config.yaml").is_file():
         return ESPnetTeacher
@@ -152,9 +153,7 @@ class LiveTeacher:
         self.model = self.load(path).requires_grad_(False).eval().to(device)
 
     @torch.no_grad()
-    def __call__(
-        self, speech, speech_lengths, utt_ids=None, crop_starts=None, features=None
-    ) -> Targets:
+    def __call__(self, speech, speech_lengths, utt_ids=None, features=None) -> Targets:
         """Return what `Teacher` promises.
 
         Args:
@@ -336,7 +335,7 @@ class ESPnetTeacher(LiveTeacher):
 
 
 class CachedTeacher:
-    """Hidden states that `dldkit.bin.sfm_collect_targets` wrote, by utterance id."""
+    """Hidden states that `dldkit.bin.sfm_collect_targets` wrote, and ESPnet reads."""
 
     def __init__(self, path, info, layers, device):
         lacking = sorted(set(layers) - set(info.layers))
@@ -345,12 +344,8 @@ class CachedTeacher:
                 f"{path} holds the targets of the layers {info.layers}, not of "
                 f"{lacking}: collect them again with all that you want"
             )
-        scp = Path(path) / TARGETS_SCP
-        if not scp.is_file():
-            raise UserError(f"no {scp}: run the collection again, it goes on")
         self.path, self.info, self.layers = path, info, layers
         self.columns = [info.layers.index(layer) for layer in layers]
-        self.arrays = kaldiio.load_scp(str(scp))
 
     @staticmethod
     def describe(path: PathLike) -> TeacherInfo:
@@ -361,38 +356,24 @@ class CachedTeacher:
         return TeacherInfo(**description)
 
     def __call__(
-        self, speech, speech_lengths, utt_ids=None, crop_starts=None
+        self,
+        speech,
+        speech_lengths,
+        utt_ids=None,
+        targets=None,
+        targets_lengths=None,
     ) -> Targets:
-        """Return what `Teacher` promises."""
-        if utt_ids is None:
-            raise UserError("cached targets are found by utt_id: the batch has none")
-        if crop_starts is None:
-            crop_starts = torch.zeros_like(speech_lengths)
-        arrays = [
-            torch.from_numpy(self._read(*crop))
-            for crop in zip(utt_ids, crop_starts.tolist(), speech_lengths.tolist())
-        ]
-        lengths = torch.tensor([len(array) for array in arrays], device=speech.device)
-        batch = pad_sequence(arrays, batch_first=True).to(speech.device).float()
-        return list(batch.unbind(2)), lengths
+        """Return what `Teacher` promises.
 
-    def _read(self, utt_id: str, start: int, samples: int):
-        try:
-            array = self.arrays[utt_id]
-        except KeyError:
+        Args:
+            targets: what was cached for the batch's crops (Batch, Time, Layers, Dim).
+            targets_lengths: (Batch,).
+        """
+        if targets is None:
             raise UserError(
-                f"no cached targets of utterance {utt_id} in {self.path}: collect them "
-                "for all training and validation data"
-            ) from None
-        first, frames = start // FRAME_SHIFT, samples // FRAME_SHIFT
-        # HuBERT's CNN gives a frame less where the last one would need more samples
-        if start % FRAME_SHIFT or first + frames > len(array) + 1:
-            raise UserError(
-                f"utterance {utt_id}: the crop of {samples} samples from sample "
-                f"{start} does not lie on the {len(array)} cached frames of "
-                f"{FRAME_SHIFT} in {self.path}: were they collected from other audio?"
+                f"the batch has no targets of {self.path}: only training reads them"
             )
-        return array[first : first + frames, self.columns]
+        return [targets[:, :, column] for column in self.columns], targets_lengths
 
 
 def _read_config(path: PathLike) -> transformers.PretrainedConfig:

@@ -1,14 +1,16 @@
 """ESPnet's ASR task with dldkit's classes and trainers."""
 
 import argparse
+from pathlib import Path
 from typing import Callable, Optional
 
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.tasks.asr import ASRTask
 
 import dldkit
-from dldkit.asr.reference import check_cached_ids
+from dldkit.asr.reference import POSTERIORS, is_cached
 from dldkit.config_files import resolved_arguments
+from dldkit.data.frames import read_in_training
 from dldkit.train.choices import TrainerChoice, trainer_choices
 
 # Children of multi-GPU training import just this module.
@@ -36,6 +38,14 @@ class DLDASRTask(TrainerChoice, ASRTask):
 
     @classmethod
     def check_data(cls, args: argparse.Namespace) -> None:
-        """Refuse utterances that have no cached posteriors, where these are used."""
-        if not args.collect_stats:
-            check_cached_ids(args)
+        """Let training read cached posteriors, and refuse utterances without them."""
+        reference = (args.model_conf or {}).get("reference")
+        if not args.collect_stats and is_cached(reference):
+            read_in_training(args, Path(reference), POSTERIORS, "collect_posteriors")
+
+    @classmethod
+    def optional_data_names(
+        cls, train: bool = True, inference: bool = False
+    ) -> tuple[str, ...]:
+        """Return the data that training may have."""
+        return (*super().optional_data_names(train, inference), POSTERIORS)

@@ -1,6 +1,7 @@
 """Distillation of speech foundation models as an ESPnet task."""
 
 import argparse
+from pathlib import Path
 from typing import Any, Callable, Optional
 
 import soundfile
@@ -10,13 +11,17 @@ from espnet2.train.class_choices import ClassChoices
 from espnet2.train.collate_fn import CommonCollateFn
 from espnet2.utils.nested_dict_action import NestedDictAction
 
+import dldkit
 from dldkit.data.datadir import read_table
+from dldkit.data.frames import read_in_training
 from dldkit.errors import UserError
-from dldkit.sfm.data import CropCollateFn
+from dldkit.sfm.data import TARGETS, CropCollateFn
 from dldkit.sfm.model import SFMDistillModel
-from dldkit.sfm.targets import check_target_ids
-from dldkit.sfm.teacher import teacher_info
+from dldkit.sfm.teacher import is_cached, teacher_info
 from dldkit.train.choices import TrainerChoice, trainer_choices
+
+# Children of multi-GPU training import just this module.
+dldkit.register()
 
 model_choices = ClassChoices(
     name="model",
@@ -80,8 +85,8 @@ class SFMDistillTask(TrainerChoice, AbsTask):
     def optional_data_names(
         cls, train: bool = True, inference: bool = False
     ) -> tuple[str, ...]:
-        """Return the data that training may have: none."""
-        return ()
+        """Return the data that training may have."""
+        return (TARGETS,)
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> AbsESPnetModel:
@@ -102,14 +107,17 @@ class SFMDistillTask(TrainerChoice, AbsTask):
 
     @classmethod
     def check_data(cls, args: argparse.Namespace) -> None:
-        """Refuse another sampling rate than the teacher's, and missing targets."""
-        if not args.collect_stats:
-            check_target_ids(args)
-        rate = teacher_info(_teacher(args.model_conf)).sampling_rate
-        for path, *_ in (
+        """Let training read cached targets; refuse another rate than the teacher's."""
+        teacher = _teacher(args.model_conf)
+        if not args.collect_stats and is_cached(teacher):
+            read_in_training(args, Path(teacher), TARGETS, "sfm_collect_targets")
+        rate = teacher_info(teacher).sampling_rate
+        for path, name, _ in (
             args.train_data_path_and_name_and_type
             + args.valid_data_path_and_name_and_type
         ):
+            if name != "speech":
+                continue
             table = read_table(path)
             if not table:
                 raise UserError(f"{path} lists no utterance")

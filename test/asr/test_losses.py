@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from dldkit.asr.losses import CTCPosteriorKL, Posteriors
+from dldkit.asr.losses import CTCPosteriorKL
+from dldkit.asr.posteriors import Posteriors
 from dldkit.errors import UserError
 
 LENGTHS = [7, 4, 5]

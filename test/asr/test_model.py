@@ -357,8 +357,8 @@ class TestReferenceStaysOutside:
         seen, fed = [], []
         call = LiveReference.__call__
 
-        def spy(self, *args):
-            seen.append(call(self, *args))
+        def spy(self, *args, **stored):
+            seen.append(call(self, *args, **stored))
             return seen[-1]
 
         monkeypatch.setattr(LiveReference, "__call__", spy)

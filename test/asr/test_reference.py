@@ -1,19 +1,15 @@
-import os
-
 import kaldiio
 import numpy as np
 import pytest
 import torch
 from espnet2.bin import pack
 
+from dldkit.asr.collection import collect_posteriors
 from dldkit.asr.losses import CTCPosteriorKL
-from dldkit.asr.posteriors import collect_posteriors
 from dldkit.asr.reference import (
     CachedReference,
     LiveReference,
     open_reference,
-    pack_posteriors,
-    unpack_posteriors,
 )
 from dldkit.errors import UserError
 
@@ -40,12 +36,14 @@ def cached(static, corpus):
 
 def posteriors(reference, student, batch, *utts):
     """Ask a reference for a batch; with the student's logits."""
-    utterances = batch(*utts)
+    cache = reference.path if isinstance(reference, CachedReference) else None
+    utterances = batch(*utts, cache=cache)
     speech = utterances["speech"], utterances["speech_lengths"]
+    stored = {k: v for k, v in utterances.items() if k.startswith("posteriors")}
     with torch.no_grad():
-        encoded, lengths = student.eval().encode(*speech)
+        encoded, _ = student.eval().encode(*speech)
     logits = student.ctc.ctc_lo(encoded)
-    return reference(*speech, lengths, utterances["utt_id"]), logits
+    return reference(*speech, **stored), logits
 
 
 class TestSources:
@@ -192,12 +190,12 @@ class TestCached:
 
     def test_gives_the_same_loss_in_a_padded_batch(self, static, cached, build, batch):
         losses = []
-        for reference in (static, cached()):
+        for reference, cache in ((static, None), (cached(), cached())):
             conf = dict(reference=str(reference))
             student = build(
                 encoder="ld_conformer", model="dld", model_conf=conf, **STILL
             )
-            utterances = batch("a", "c", "f", "x")
+            utterances = batch("a", "c", "f", "x", cache=cache)
             assert len(set(utterances["speech_lengths"].tolist())) > 1
             losses.append(student(**utterances)[1]["loss_kd"].item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-2)
@@ -230,78 +228,23 @@ class TestCached:
             stored = kaldiio.load_scp(str(cached() / "posteriors.scp"))[utt]
             assert np.array_equal(ac.log_probs[row, :frames].numpy(), stored)
 
-    def test_refuses_a_missing_utterance(
-        self, static, corpus, student, batch, tmp_path
-    ):
-        collect_posteriors(static, [corpus.dev], tmp_path / "cache")
-        cache = open_reference(tmp_path / "cache", student)
-        with pytest.raises(UserError, match=f"utterance a in {tmp_path}/cache"):
-            posteriors(cache, student, batch, "x", "a")
-
-    def test_refuses_an_entry_of_another_size(self, cached, student, batch):
-        cache = open_reference(cached(), student)
-        utterances = batch("c")
-        stored = len(cache.matrices["c"])
-        message = f"utterance c .* {stored} frames, the student {stored + 2}"
+    def test_refuses_posteriors_of_other_audio(self, cached, build, batch):
+        conf = dict(reference=str(cached()))
+        student = build(encoder="ld_conformer", model="dld", model_conf=conf)
+        mixed = batch("a", "x", cache=cached()) | batch("a", "c")
+        message = r"frames where the student gives .*'a', 'c'.* collected again"
         with pytest.raises(UserError, match=message):
-            cache(
-                utterances["speech"],
-                utterances["speech_lengths"],
-                torch.tensor([stored + 2]),
-                ["c"],
-            )
+            student(**mixed)
 
-    def test_refuses_a_batch_without_names(self, cached, student, batch):
-        cache = open_reference(cached(), student)
-        speech = batch("a")["speech"]
-        with pytest.raises(UserError, match="utt_id"):
-            cache(speech, torch.tensor([9]), torch.tensor([9]), None)
+    def test_refuses_a_batch_without_posteriors(self, cached, build, batch):
+        conf = dict(reference=str(cached()))
+        student = build(encoder="ld_conformer", model="dld", model_conf=conf)
+        message = "no posteriors of .*asr_train.*numpy_ark.*--allow_variable_data_keys"
+        with pytest.raises(UserError, match=message):
+            student(**batch("a", "c"))
 
     def test_refuses_a_temperature_with_top_tokens(self, cached, build, batch):
         conf = dict(reference=str(cached(3)), kd_temperature=2.0)
         student = build(encoder="ld_conformer", model="dld", model_conf=conf)
         with pytest.raises(UserError, match="kd_temperature .*--top_k"):
-            student(**batch("a"))
-
-    def test_can_be_read_by_data_loading_workers(self, cached, student, batch):
-        cache = open_reference(cached(), student)
-        before, _ = posteriors(cache, student, batch, "a", "c")
-        child = os.fork()
-        if child == 0:
-            cache.matrices["x"]
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
-        after, _ = posteriors(cache, student, batch, "a", "c")
-        assert torch.equal(before.log_probs, after.log_probs)
-
-
-class TestStorage:
-    @pytest.fixture
-    def log_probs(self):
-        generator = torch.Generator().manual_seed(0)
-        return (4 * torch.randn(30, 50, generator=generator)).log_softmax(-1)
-
-    def test_all_tokens_as_float16(self, log_probs):
-        matrix = pack_posteriors(log_probs, None)
-        assert matrix.dtype == np.float16 and matrix.shape == (30, 50)
-        values, tokens = unpack_posteriors(matrix, None)
-        assert tokens is None and values.dtype == torch.float32
-        assert torch.allclose(values, log_probs, rtol=1e-3)
-
-    @pytest.mark.parametrize("top_k", [1, 5, 49])
-    def test_top_tokens(self, log_probs, top_k):
-        matrix = pack_posteriors(log_probs, top_k)
-        assert matrix.dtype == np.uint16 and matrix.shape == (30, 2 * top_k)
-        values, tokens = unpack_posteriors(matrix, top_k)
-        order = log_probs.numpy().argsort(-1)[:, ::-1][:, :top_k]
-        assert np.array_equal(tokens.numpy(), order)
-        kept = np.take_along_axis(log_probs.numpy(), order, -1)
-        assert np.allclose(values[:, :-1].numpy(), kept, rtol=1e-3, atol=1e-3)
-        rest = 1 - np.exp(kept).sum(-1)
-        assert np.allclose(values[:, -1].exp().numpy(), rest, atol=2e-3)
-
-    def test_a_certain_frame_leaves_almost_nothing_for_the_rest(self):
-        log_probs = torch.tensor([[0.0, -30.0, -40.0]]).log_softmax(-1)
-        values, _ = unpack_posteriors(pack_posteriors(log_probs, 1), 1)
-        assert torch.isfinite(values).all()
-        assert values[0, -1] < -15
+            student(**batch("a", cache=cached(3)))

@@ -10,11 +10,23 @@ LENGTHS = dict(a=20000, b=9333, c=12800)
 
 @pytest.fixture
 def utterances():
-    """Each sample says where in which utterance it was."""
+    """Each sample, and each target, says where in which utterance it was."""
     return [
-        (utt, {"speech": np.arange(n, dtype=np.float32) + 100000 * i})
+        (
+            utt,
+            {
+                "speech": np.arange(n, dtype=np.float32) + 100000 * i,
+                "targets": frames(n, i),
+            },
+        )
         for i, (utt, n) in enumerate(LENGTHS.items())
     ]
+
+
+def frames(samples, utt):
+    """Targets (Time, Layers, Dim): the CNN of HuBERT begins a frame every 320."""
+    place = np.arange((samples - 400) // 320 + 1) * 320 + 100000 * utt
+    return np.broadcast_to(place[:, None, None], (len(place), 3, 4)).astype(np.float32)
 
 
 def crops(batch):
@@ -24,8 +36,12 @@ def crops(batch):
         row = row[:n] - 100000 * i
         assert torch.equal(row, row[0] + torch.arange(n))
         starts.append(int(row[0]))
-    assert batch["crop_starts"].tolist() == starts
-    assert batch["crop_starts"].dtype == torch.int64
+        count = int(batch["targets_lengths"][i])
+        assert n // 320 - 1 <= count <= n // 320
+        targets = batch["targets"][i, :count] - 100000 * i
+        expected = starts[-1] + 320 * torch.arange(count)
+        assert torch.equal(targets, expected[:, None, None].expand_as(targets))
+    assert set(batch) == {"speech", "speech_lengths", "targets", "targets_lengths"}
     return starts
 
 
@@ -102,6 +118,8 @@ def test_padding_crops_what_is_longer_than_max_seconds(utterances):
 @pytest.mark.parametrize("crop", [True, False])
 def test_names_the_utterance_that_is_too_short(utterances, crop):
     collate = CropCollateFn(train=True, crop=crop)
+    for _, data in utterances:
+        del data["targets"]
     short = utterances[1][1]["speech"]
     collate([utterances[0], ("b", {"speech": short[:640]})])
     with pytest.raises(UserError, match=r"utterance b is too short .*\(639 samples\)"):
@@ -112,3 +130,9 @@ def test_names_the_utterance_that_is_too_short(utterances, crop):
 def test_does_not_blame_an_utterance_for_max_seconds(utterances, max_seconds):
     with pytest.raises(UserError, match="max_seconds"):
         CropCollateFn(train=True, max_seconds=max_seconds)(utterances)
+
+
+def test_targets_of_other_audio_are_refused(utterances):
+    utterances[1][1]["targets"] = utterances[1][1]["targets"][:-2]
+    with pytest.raises(UserError, match="b has 9333 samples and 26 cached targets"):
+        CropCollateFn(train=True)(utterances)

@@ -1,7 +1,6 @@
 import copy
 import shutil
 
-import kaldiio
 import numpy as np
 import pytest
 import torch
@@ -42,7 +41,6 @@ def batch(waveforms):
     return dict(
         speech=speech,
         speech_lengths=lengths,
-        crop_starts=torch.zeros(2, dtype=torch.int64),
         utt_id=["a", "b"],
     )
 
@@ -339,14 +337,9 @@ def test_a_grown_student_draws_from_the_slots_that_are_on(make, wave_teacher, ba
     assert drawn == {(0,), (1,), (0, 1)}
 
 
-def cached(directory, arrays, layers=(1, 2, 3)):
-    """Write cached targets (Time, Layers, Dim), as the collection does."""
+def cached(directory, layers=(1, 2, 3)):
+    """Describe cached targets, as the collection does."""
     directory.mkdir()
-    scp = directory / "targets.scp"
-    spec = f"ark,scp:{directory / 'targets.ark'},{scp}"
-    with kaldiio.WriteHelper(spec, write_function="numpy") as out:
-        for utt, array in arrays.items():
-            out(utt, np.asarray(array, np.float16))
     description = dict(
         teacher="gone",
         hidden_size=16,
@@ -363,20 +356,21 @@ def cached(directory, arrays, layers=(1, 2, 3)):
 def test_crops_are_compared_with_their_own_cached_frames(make, tmp_path, crop):
     """Samples and targets both say where in which utterance they were."""
     lengths = dict(a=20000, b=9333, c=12800)
-    arrays, data = {}, []
+    data = []
     for i, (utt, n) in enumerate(lengths.items()):
         frames = (n - 400) // 320 + 1  # of HuBERT's CNN
-        place = np.arange(frames) + 100 * i
-        arrays[utt] = np.broadcast_to(place[:, None, None], (frames, 3, 16))
-        data.append((utt, {"speech": np.arange(n, dtype=np.float32) + 32000 * i}))
-    model = make(cached(tmp_path / "targets", arrays), normalize=True).train()
+        place = (np.arange(frames) + 100 * i).astype(np.float32)
+        targets = np.broadcast_to(place[:, None, None], (frames, 3, 16))
+        speech = np.arange(n, dtype=np.float32) + 32000 * i
+        data.append((utt, {"speech": speech, "targets": targets}))
+    model = make(cached(tmp_path / "targets"), normalize=True).train()
     seen = []
     model.loss.register_forward_pre_hook(lambda _, args: seen.append(args))
     collate = CropCollateFn(train=True, crop=crop, max_seconds=0.75)
     starts = set()
     for _ in range(10):
         utts, batch = collate(data)
-        starts.update(batch["crop_starts"].tolist())
+        starts.update(batch["speech"][:, 0].tolist())
         loss, _, _ = model(**batch, utt_id=utts)
         assert loss.isfinite()
         states, targets, counts = seen.pop()[:3]
@@ -393,6 +387,17 @@ def test_crops_are_compared_with_their_own_cached_frames(make, tmp_path, crop):
     assert len(starts) > 3
 
 
+def test_only_the_layers_that_are_asked_for_are_learnt(make, tmp_path):
+    """The cache has layers 1, 2 and 3; each target says which it is."""
+    model = make(cached(tmp_path / "targets"), teacher_layers=[2, 3])
+    seen = []
+    model.loss.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    targets = torch.tensor([1.0, 2, 3])[:, None].expand(2, 20, 3, 16)
+    batch = dict(speech=torch.randn(2, 6420), speech_lengths=torch.tensor([6420] * 2))
+    model(**batch, targets=targets, targets_lengths=torch.tensor([20, 20]))
+    assert [target.unique().tolist() for target in seen[0]] == [[2.0], [3.0]]
+
+
 def test_cached_targets_teach_as_the_teacher_does(make, wave_teacher, tmp_path, batch):
     """Whole utterances: a student that is the teacher has no loss."""
     teacher, directory = wave_teacher()
@@ -401,13 +406,11 @@ def test_cached_targets_teach_as_the_teacher_does(make, wave_teacher, tmp_path, 
         speech=batch["speech"][:, :6010], speech_lengths=torch.tensor([6010] * 2)
     )
     opened = open_teacher(directory, [1, 2, 3])
-    arrays = {}
-    for utt, speech, n in zip("ab", batch["speech"], batch["speech_lengths"]):
-        states, _ = opened(speech[None, :n], n[None])
-        arrays[utt] = torch.stack([state[0] for state in states], 1).numpy()
+    states, lengths = opened(batch["speech"], batch["speech_lengths"])
+    batch.update(targets=torch.stack(states, 2).half().float(), targets_lengths=lengths)
     del opened
     shutil.rmtree(directory)
-    path = cached(tmp_path / "targets", arrays)
+    path = cached(tmp_path / "targets")
     model = make(path, dict(hidden_size=16, num_hidden_layers=3))
     # float16 holds 11 bits
     assert_a_perfect_student(model, teacher, batch, 1e-6)

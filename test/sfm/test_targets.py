@@ -8,13 +8,17 @@ import pytest
 import soundfile
 import torch
 import yaml
+from espnet2.train.dataset import ESPnetDataset
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+import dldkit
 from dldkit.bin.sfm_collect_targets import main
+from dldkit.data import frames
 from dldkit.errors import UserError
 from dldkit.sfm import targets
+from dldkit.sfm.data import CropCollateFn
 from dldkit.sfm.targets import collect_targets
-from dldkit.sfm.teacher import open_teacher, teacher_info
+from dldkit.sfm.teacher import LiveTeacher, open_teacher, teacher_info
 from dldkit.tasks.sfm import SFMDistillTask
 
 # samples beyond a multiple of 320: HuBERT's CNN needs 80 of them for a last frame
@@ -40,20 +44,22 @@ def data_dirs(tmp_path):
 
 @pytest.fixture
 def batch(data_dirs):
-    """Return a function that pads crops (utterance, first sample, samples)."""
+    """Return a function that pads utterances; with the targets that ESPnet reads."""
+    dldkit.register()
 
-    def padded(*crops):
-        speech = []
-        for utt, start, samples in crops:
-            directory = data_dirs[0] if utt in "abcde" else data_dirs[1]
-            wave, _ = soundfile.read(directory / f"{utt}.wav", dtype="float32")
-            speech.append(torch.from_numpy(wave[start : start + samples]))
-        return dict(
-            speech=torch.nn.utils.rnn.pad_sequence(speech, batch_first=True),
-            speech_lengths=torch.tensor([len(s) for s in speech]),
-            utt_ids=[utt for utt, _, _ in crops],
-            crop_starts=torch.tensor([start for _, start, _ in crops]),
-        )
+    def padded(*utts, cache=None):
+        dirs = [data_dirs[utt not in "abcde"] for utt in utts]
+        data = []
+        for utt, directory in zip(utts, dirs):
+            speech, _ = soundfile.read(directory / f"{utt}.wav", dtype="float32")
+            data.append((utt, {"speech": speech}))
+        if cache is not None:
+            entry = (f"{cache}/targets.scp", "targets", "numpy_ark")
+            stored = ESPnetDataset([entry])
+            for utt, values in data:
+                values.update(stored[utt][1])
+        _, tensors = CropCollateFn(train=True, crop=False)(data)
+        return dict(tensors, utt_ids=list(utts))
 
     return padded
 
@@ -80,8 +86,8 @@ def parts(monkeypatch):
         counts.append(len(items))
         return [fn(item) for item in items]
 
-    monkeypatch.setattr(targets, "parallel_map", parallel_map)
-    monkeypatch.setattr(targets, "UTTERANCES_PER_PART", 2)
+    monkeypatch.setattr(frames, "parallel_map", parallel_map)
+    monkeypatch.setattr(frames, "PART", 2)
     targets._open.cache_clear()
     return counts
 
@@ -102,35 +108,16 @@ def test_whole_utterances_are_those_of_the_live_teacher(
     assert sorted(stored) == sorted(LENGTHS)
     live = open_teacher(any_teacher, [3, 1])
     cached = open_teacher(tmp_path / "cache", [3, 1])
-    for utt, samples in LENGTHS.items():
-        alone = batch((utt, 0, samples))
-        expected, lengths = live(**alone)
+    for utt in LENGTHS:
+        expected, lengths = live(**batch(utt))
         assert stored[utt].dtype == np.float16
         assert stored[utt].shape == (int(lengths), 3, 16)
-        outputs, output_lengths = cached(**alone)
-        assert output_lengths.tolist() == lengths.tolist()
+        outputs, output_lengths = cached(**batch(utt, cache=tmp_path / "cache"))
+        assert abs(output_lengths - lengths).max() <= 1
+        n = min(int(output_lengths), int(lengths))
         for output, states in zip(outputs, expected):
             assert output.dtype == torch.float32
-            assert torch.allclose(output, states, rtol=1e-3, atol=1e-3)
-    # the batch is padded, the utterances in it are as they are alone
-    outputs, lengths = cached(**batch(("a", 0, 9600), ("y", 0, 6401)))
-    assert outputs[0].shape == (2, int(lengths.max()), 16)
-    assert lengths.tolist() == [len(stored["a"]), len(stored["y"])]
-    assert np.array_equal(outputs[1][1, : lengths[1]].numpy(), stored["y"][:, 0])
-
-
-def test_crops_are_cut_from_whole_utterances(any_teacher, data_dirs, batch, tmp_path):
-    collect_targets(any_teacher, [0, 3], data_dirs, tmp_path / "cache")
-    cached = open_teacher(tmp_path / "cache", [3])
-    crops = ("b", 640, 3200), ("x", 3200, 6719), ("d", 0, 4000)
-    (output,), lengths = cached(**batch(*crops))
-    assert output.shape == (3, int(lengths.max()), 16)
-    for i, (utt, start, samples) in enumerate(crops):
-        (whole,), _ = open_teacher(any_teacher, [3])(**batch((utt, 0, LENGTHS[utt])))
-        first, n = start // 320, int(lengths[i])
-        assert abs(n - samples / 320) <= 1
-        expected = whole[0, first : first + n]
-        assert torch.allclose(output[i, :n], expected, rtol=1e-3, atol=1e-3)
+            assert torch.allclose(output[:, :n], states[:, :n], rtol=1e-3, atol=1e-3)
 
 
 def test_frames_differ_by_one_at_most_from_those_of_a_cnn(
@@ -138,14 +125,13 @@ def test_frames_differ_by_one_at_most_from_those_of_a_cnn(
 ):
     student, _ = wave_teacher("data2vec_audio")
     collect_targets(any_teacher, [1], data_dirs, tmp_path / "cache")
-    for path in (any_teacher, tmp_path / "cache"):
+    for path, cache in ((any_teacher, None), (tmp_path / "cache", tmp_path / "cache")):
         teacher = open_teacher(path, [1])
-        for utt, samples in LENGTHS.items():
-            for start in (0, 1600):
-                crop = batch((utt, start, samples - start))
-                _, frames = teacher(**crop)
-                cnn = student._get_feat_extract_output_lengths(crop["speech_lengths"])
-                assert 0 <= int(frames) - int(cnn) <= 1
+        for utt in LENGTHS:
+            whole = batch(utt, cache=cache)
+            _, lengths = teacher(**whole)
+            cnn = student._get_feat_extract_output_lengths(whole["speech_lengths"])
+            assert 0 <= int(lengths) - int(cnn) <= 1
 
 
 def test_describes_the_teacher(hubert, data_dirs, tmp_path):
@@ -160,7 +146,7 @@ def test_describes_the_teacher(hubert, data_dirs, tmp_path):
 
 @pytest.mark.integration
 def test_jobs_write_what_one_would(hubert, data_dirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "UTTERANCES_PER_PART", 2)
+    monkeypatch.setattr(frames, "PART", 2)
     for nj in (1, 2):
         collect_targets(hubert, [2], data_dirs, tmp_path / f"{nj}", nj=nj)
     one, two = read(tmp_path / "1"), read(tmp_path / "2")
@@ -190,6 +176,7 @@ def test_training_is_refused_without_all_targets(hubert, data_dirs, tmp_path, pa
     args = argparse.Namespace(
         model_conf=dict(teacher=str(cache)),
         collect_stats=False,
+        multiple_iterator=False,
         train_data_path_and_name_and_type=train,
         valid_data_path_and_name_and_type=dev,
     )
@@ -197,6 +184,47 @@ def test_training_is_refused_without_all_targets(hubert, data_dirs, tmp_path, pa
         SFMDistillTask.check_data(args)
     args.train_data_path_and_name_and_type = dev
     SFMDistillTask.check_data(args)
+    entry = (str(cache / "targets.scp"), "targets", "numpy_ark")
+    for data in (train, dev):
+        assert data is train or list(data[1]) == list(entry)
+    SFMDistillTask.check_data(args)
+    assert len(dev) == 2
+
+
+def test_too_short_utterances_are_left_out(hubert, data_dirs, tmp_path, caplog):
+    soundfile.write(data_dirs[0] / "c.wav", np.zeros(639), 16000)
+    collect_targets(hubert, [1], data_dirs, tmp_path / "cache")
+    assert sorted(read(tmp_path / "cache")) == sorted(set(LENGTHS) - {"c"})
+    assert (tmp_path / "cache" / "too_short").read_text() == "c\n"
+    assert "c is too short: nothing is stored" in caplog.text
+
+
+def test_batches_equal_one_utterance_at_a_time(
+    any_teacher, data_dirs, tmp_path, monkeypatch
+):
+    for utt in "abd":
+        sound, _ = soundfile.read(data_dirs[0] / f"{utt}.wav")
+        soundfile.write(data_dirs[0] / f"{utt}.wav", sound[:7000], 16000)
+    call, sizes = LiveTeacher.__call__, []
+
+    def counted(self, speech, *args):
+        sizes.append(len(speech))
+        return call(self, speech, *args)
+
+    monkeypatch.setattr(LiveTeacher, "__call__", counted)
+    collect_targets(any_teacher, [3], data_dirs, tmp_path / "batches")
+    assert sorted(sizes) == [1, 1, 1, 1, 3]
+    monkeypatch.setattr(frames, "BATCH", 1)
+    collect_targets(any_teacher, [3], data_dirs, tmp_path / "single")
+    batches, single = read(tmp_path / "batches"), read(tmp_path / "single")
+    for utt in LENGTHS:
+        assert np.allclose(batches[utt], single[utt], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_refused(hubert, data_dirs, tmp_path):
+    with pytest.raises(UserError, match="ngpu 1: no GPU"):
+        collect_targets(hubert, [1], data_dirs, tmp_path / "cache", ngpu=1)
 
 
 def test_an_interrupted_collection_continues(
@@ -204,22 +232,22 @@ def test_an_interrupted_collection_continues(
 ):
     broken = tmp_path / "broken"
     collect_targets(hubert, [2], data_dirs, tmp_path / "unbroken")
-    targets_of, done = targets._targets_of, []
+    read_one, done = targets._read, []
 
-    def killed(teacher, utt, wav):
+    def killed(*args):
         if len(done) == 3:  # in the middle of a part
             raise KeyboardInterrupt
-        done.append(utt)
-        return targets_of(teacher, utt, wav)
+        done.append(args)
+        return read_one(*args)
 
-    monkeypatch.setattr(targets, "_targets_of", killed)
+    monkeypatch.setattr(targets, "_read", killed)
     with pytest.raises(KeyboardInterrupt):
         collect_targets(hubert, [2], data_dirs, broken)
     kept = {k: v for k, v in stamps(broken).items() if k.startswith("0-0")}
-    assert len(kept) == 2
+    assert len(kept) == 3
     with pytest.raises(UserError, match="no teacher"):
         open_teacher(broken, [2])
-    monkeypatch.setattr(targets, "_targets_of", targets_of)
+    monkeypatch.setattr(targets, "_read", read_one)
     collect_targets(hubert, [2], data_dirs, broken)
     assert parts == [4, 4, 3]
     assert kept.items() <= stamps(broken).items()
@@ -272,21 +300,10 @@ def test_refuses_what_was_not_collected(hubert, data_dirs, batch, tmp_path):
     collect_targets(hubert, [1, 3], data_dirs[:1], cache)
     with pytest.raises(UserError, match=r"the layers \[1, 3\], not of \[0, 2\]"):
         open_teacher(cache, [1, 2, 0])
-    teacher = open_teacher(cache, [1])
-    whole = batch(("a", 0, 9600))
-    with pytest.raises(UserError, match="no cached targets of utterance x"):
-        teacher(**{**whole, "utt_ids": ["x"]})
-    with pytest.raises(UserError, match="by utt_id: the batch has none"):
-        teacher(whole["speech"], whole["speech_lengths"])
-    for start in (640, 9600, 7):
-        with pytest.raises(UserError, match=f"9600 samples from sample {start} does"):
-            teacher(**{**whole, "crop_starts": torch.tensor([start])})
-    teacher(**{**whole, "crop_starts": torch.tensor([0])})
+    with pytest.raises(UserError, match="no targets of .*cache: only training reads"):
+        open_teacher(cache, [1])(**batch("a"))
     with pytest.raises(UserError, match="holds cached targets already"):
         collect_targets(cache, [1], data_dirs, tmp_path / "other")
-    (cache / "targets.scp").unlink()
-    with pytest.raises(UserError, match="run the collection again"):
-        open_teacher(cache, [1])
 
 
 def test_refuses_other_peoples_directories(hubert, data_dirs):
@@ -307,8 +324,6 @@ def test_refuses_audio_that_can_not_be_taken(hubert, data_dirs, tmp_path):
     refused("nowhere/wav.scp does not exist", [tmp_path / "nowhere"])
     soundfile.write(data_dirs[0] / "c.wav", np.zeros(8000), 8000)
     refused("utterance c has 8000 Hz, the teacher takes 16000 Hz: format")
-    soundfile.write(data_dirs[0] / "c.wav", np.zeros(100), 16000)
-    refused("utterance c has 100 samples: too few")
     (data_dirs[0] / "c.wav").unlink()
     refused("utterance c: no such file")
     (data_dirs[0] / "utt2num_samples").unlink()

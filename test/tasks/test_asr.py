@@ -1,14 +1,20 @@
 import copy
 import io
+import os
 import shutil
 import sys
+from pathlib import Path
 
+import kaldiio
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from espnet2.bin import asr_train as espnet_train
+from espnet2.train.dataset import DATA_TYPES
 
+from dldkit.asr.collection import collect_posteriors
 from dldkit.bin.asr_train import main
 from dldkit.tasks.asr import DLDASRTask
 
@@ -101,6 +107,108 @@ def test_dry_run_of_the_other_encoders(corpus, tmp_path, name):
     stored = yaml.safe_load((tmp_path / "exp" / "config.yaml").read_text())
     assert stored["encoder"] == f"ld_{name}"
     assert stored["encoder_conf"] == conf
+
+
+class RecordingArk(kaldiio.utils.LazyLoader):
+    """Says which process reads."""
+
+    record: Path
+
+    def __getitem__(self, key):
+        with open(self.record, "a") as file:
+            file.write(f"{os.getpid()} {key}\n")
+        return super().__getitem__(key)
+
+
+class TestCachedPosteriors:
+    @pytest.fixture(scope="class")
+    def cache(self, corpus, static):
+        """Return a function that gives the cached posteriors of `static`."""
+
+        def directory(top_k=None):
+            output = corpus.root / f"cache.{top_k}"
+            collect_posteriors(static, [corpus.train, corpus.dev], output, top_k)
+            return output
+
+        return directory
+
+    def first_epoch(self, directory):
+        return load(directory / "checkpoint.pth")["reporter"]["stats"][1]
+
+    def test_workers_read_them(
+        self, corpus, cache, dld_training, static, tmp_path, monkeypatch
+    ):
+        record = tmp_path / "record"
+
+        def load_recording(scp):
+            arks = RecordingArk(kaldiio.load_mat)
+            arks.update(line.split() for line in open(scp))
+            arks.record = record
+            return arks
+
+        monkeypatch.setitem(DATA_TYPES["numpy_ark"], "func", load_recording)
+        still = dict(
+            encoder_conf=dict(dropout_rate=0.0),
+            specaug=None,
+            num_workers=1,
+            max_epoch=1,
+        )
+        for name, reference in (("live", static), ("cached", cache())):
+            conf = dict(reference=str(reference))
+            main(dld_training(tmp_path / name, model_conf=conf, **still))
+        live, cached = (self.first_epoch(tmp_path / n) for n in ("live", "cached"))
+        for phase in ("train", "valid"):
+            expected = pytest.approx(float(live[phase]["loss_kd"]), rel=0.01)
+            assert float(cached[phase]["loss_kd"]) == expected
+        pids, utts = zip(*(line.split() for line in record.read_text().splitlines()))
+        assert str(os.getpid()) not in pids
+        assert sorted(utts) == list("abcdefghixyz")
+
+    def test_of_the_likeliest_tokens(self, cache, dld_training, tmp_path):
+        conf = dict(reference=str(cache(3)))
+        main(dld_training(tmp_path / "exp", model_conf=conf, max_epoch=1))
+        assert self.first_epoch(tmp_path / "exp")["valid"]["loss_kd"] > 0
+        main(dld_training(tmp_path / "exp", model_conf=conf, max_epoch=2))  # goes on
+        assert (tmp_path / "exp" / "2epoch.pth").is_file()
+
+    def test_by_espnets_own_command(self, corpus, cache, dld_training, tmp_path):
+        conf = dict(reference=str(cache()))
+        command = dld_training(tmp_path / "exp", model_conf=conf, max_epoch=1)
+        file = Path(command[1])
+        config = yaml.safe_load(file.read_text())
+        for part in ("train", "valid"):
+            entry = [f"{cache()}/posteriors.scp", "posteriors", "numpy_ark"]
+            config[f"{part}_data_path_and_name_and_type"].append(entry)
+        file.write_text(yaml.safe_dump(config))
+        espnet_train.main([*command, "--allow_variable_data_keys", "true"])
+        assert self.first_epoch(tmp_path / "exp")["valid"]["loss_kd"] > 0
+
+    def test_that_lack_an_utterance_are_refused(
+        self, corpus, static, dld_training, tmp_path, capsys
+    ):
+        collect_posteriors(static, [corpus.dev], tmp_path / "cache")
+        conf = dict(reference=str(tmp_path / "cache"))
+        with pytest.raises(SystemExit):
+            main(dld_training(tmp_path / "exp", model_conf=conf))
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "error: 9 of 12 utterances have no posteriors" in last
+        assert not (tmp_path / "exp").exists()
+
+    def test_of_other_audio_are_refused_in_one_line(
+        self, corpus, static, dld_training, tmp_path, capsys
+    ):
+        """The student hears longer recordings than the reference did."""
+        data = tmp_path / "data"
+        shutil.copytree(corpus.train, data)
+        soundfile.write(data / "c.wav", np.zeros(4000), 8000)
+        scp = (corpus.train / "wav.scp").read_text()
+        (data / "wav.scp").write_text(scp.replace(str(corpus.train), str(data)))
+        collect_posteriors(static, [data, corpus.dev], tmp_path / "cache")
+        conf = dict(reference=str(tmp_path / "cache"))
+        with pytest.raises(SystemExit):
+            main(dld_training(tmp_path / "exp", model_conf=conf, num_workers=1))
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: the reference ") and "(stage 9)" in last
 
 
 def test_collect_stats_works_without_the_reference(dld_training, tmp_path, corpus):

@@ -4,12 +4,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from dldkit.bin.sfm_distill_train import main
+from dldkit.sfm.targets import collect_targets
 from dldkit.tasks.sfm import SFMDistillTask
 
 RATE = 8000  # of the recordings
@@ -280,3 +283,36 @@ def test_refuses_data_that_is_not_there(training, tmp_path, capsys, content):
     config["train_data_path_and_name_and_type"][0][0] = str(tmp_path / "wav.scp")
     file.write_text(yaml.safe_dump(config))
     assert str(tmp_path / "wav.scp") in error_of(arguments, capsys)
+
+
+class TestCachedTargets:
+    def test_training_reads_them(self, training, corpus, teacher, tmp_path):
+        """Until the teacher is gone; its layers are those that were collected."""
+        copy, cache = tmp_path / "teacher", tmp_path / "cache"
+        shutil.copytree(teacher, copy)
+        collect_targets(copy, [3, 6], [corpus.train, corpus.dev], cache)
+        shutil.rmtree(copy)
+        conf = dict(teacher=str(cache), cnn_init=None)
+        main(training(tmp_path / "exp", model_conf=conf, num_workers=1))
+        config = yaml.safe_load((tmp_path / "exp" / "config.yaml").read_text())
+        assert config["model_conf"]["teacher_layers"] == [3, 6]
+        epochs = load(tmp_path / "exp" / "checkpoint.pth")["reporter"]["stats"]
+        losses = [epoch["valid"]["loss_layer3"] for epoch in epochs.values()]
+        assert losses[2] < losses[0]
+
+    def test_of_other_audio_are_refused_in_one_line(
+        self, training, corpus, teacher, tmp_path, capsys
+    ):
+        """The refusal comes from a worker of the DataLoader."""
+        data, cache = tmp_path / "data", tmp_path / "cache"
+        shutil.copytree(corpus.train, data)
+        soundfile.write(data / "c.wav", np.zeros(6000), 8000)
+        (data / "utt2num_samples").unlink()
+        scp = (corpus.train / "wav.scp").read_text()
+        (data / "wav.scp").write_text(scp.replace(str(corpus.train), str(data)))
+        collect_targets(teacher, [6], [data, corpus.dev], cache)
+        conf = dict(teacher=str(cache), cnn_init=None)
+        arguments = training(tmp_path / "exp", model_conf=conf, num_workers=1)
+        last = error_of(arguments, capsys)
+        assert last.startswith("error: utterance c has ")
+        assert "cached targets" in last and "Traceback" not in last

@@ -83,7 +83,7 @@ inference_depths="12 10 8 6 4 2"  # numbers of encoder layers to decode with
 inference_config=  # YAML file of options of asr_inference
 inference_args=  # more options of asr_inference, e.g. "--beam_size 10"; default: greedy CTC
 inference_tag=  # name of the decoding directory; empty: made from the settings
-gpu_inference=false  # decode on a GPU
+gpu_inference=false  # decode, and collect the reference's posteriors, on a GPU
 use_lm=false  # decode with an existing language model; needs --beam_size above 1
 lm_exp=  # its experiment directory
 lm_file=  # its checkpoint; empty: valid.loss.ave.pth in --lm_exp
@@ -195,7 +195,9 @@ inference_options=()
 if [ -n "${selector}" ]; then inference_options+=(--selector "${selector}"); fi
 if ! "${use_depth_profile}"; then inference_options+=(--depth_profile none); fi
 report_options=("${inference_options[@]}")
-if "${gpu_inference}"; then inference_options+=(--ngpu 1); fi
+gpu_options=()
+if "${gpu_inference}"; then gpu_options=(--ngpu 1); fi
+inference_options+=("${gpu_options[@]}")
 if [ -n "${inference_config}" ]; then inference_options+=(--config "${inference_config}"); fi
 lm=
 if "${use_lm}"; then
@@ -395,7 +397,7 @@ if run_stage 9 "${no_posteriors}" "${skip_reference}" "${skip_train}"; then
     "${python}" -m dldkit.bin.collect_posteriors --reference "${reference_model}" \
         --data_dirs "${data_feats}/${train_set}" "${data_feats}/${valid_set}" \
         --output_dir "${reference}" ${top_k:+--top_k "${top_k}"} \
-        --nj "${nj}" "${parallel_options[@]}"
+        --nj "${nj}" "${gpu_options[@]}" "${parallel_options[@]}"
 fi
 
 #

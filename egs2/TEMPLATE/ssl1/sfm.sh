@@ -214,7 +214,7 @@ if run_stage 9 "${no_targets}" "${skip_train}"; then
     "${python}" -m dldkit.bin.sfm_collect_targets --teacher "${teacher}" \
         --layers "${teacher_layers}" \
         --data_dirs "${data_feats}/${train_set}" "${data_feats}/${valid_set}" \
-        --output_dir "${targets_from}" --nj "${nj}" "${parallel_options[@]}"
+        --output_dir "${targets_from}" --nj "${nj}" --ngpu $((ngpu > 0)) "${parallel_options[@]}"
 fi
 
 if run_stage 10 "${skip_train}"; then
