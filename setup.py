@@ -18,6 +18,7 @@ setup(
         "pyyaml",
         "jiwer",
         "scipy",
+        "tabulate",
         "lhotse",
         "dask[distributed]",
         "matplotlib",

@@ -10,9 +10,10 @@ from typing import Optional, Sequence
 
 from espnet2.utils.types import str_or_none
 
-from dldkit.asr.report import make_report
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError, report_user_errors
+from dldkit.options import depth_list
+from dldkit.report.report import make_report
 from dldkit.step import Step
 
 
@@ -32,7 +33,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--data_root", required=True, help="where the test sets lie: dump/raw")
     add("--test_sets", required=True, help='names of test sets: "a b"')
-    add("--depths", required=True, help='numbers of layers: "12 10 8 6 4 2"')
+    add("--depths", required=True, type=depth_list, help='layers: "12 10 8 6 4 2"')
     add("--inference_tag", required=True, help="results are in EXP/TAG/depthN/SET")
     add("--inference_asr_model", required=True, help="the model file in EXP")
     add("--output_dir", required=True, help="for RESULTS.md, results.json and the plot")
@@ -69,23 +70,6 @@ def parse_systems(systems: Sequence[str]) -> dict[str, Path]:
     return {name: Path(exp) for name, _, exp in pairs}
 
 
-def parse_depths(depths: str) -> list[int]:
-    """Split "12 6 2".
-
-    Raises:
-        UserError: something that is not a number of layers, or no depth.
-    """
-    try:
-        numbers = [int(depth) for depth in depths.split()]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise UserError(
-            f'--depths "{depths}": write numbers of layers, such as "12 6 2"'
-        )
-    return list(dict.fromkeys(numbers))
-
-
 @report_user_errors
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Run the command."""
@@ -113,7 +97,6 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         args.update(
             systems=systems,
             test_sets=args["test_sets"].split(),
-            depths=parse_depths(args["depths"]),
             command=shlex.join(["python3", "-m", "dldkit.bin.depth_report", *argv]),
         )
         print(make_report(**args))

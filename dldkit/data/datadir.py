@@ -10,6 +10,8 @@ from dldkit.step import Step, atomic
 PathLike = str | Path
 Table = dict[str, str]
 
+DROPPED_TEXT = "dropped_text"  # what was said in utterances that stage 3 dropped
+
 
 def read_table(path: PathLike, allow_empty: bool = False) -> Table:
     """Read `key value` lines; with `allow_empty` the value may be missing.

@@ -14,6 +14,7 @@ import numpy as np
 
 from dldkit.data.audio import BadAudio, convert, read_audio, write_audio
 from dldkit.data.datadir import (
+    DROPPED_TEXT,
     Table,
     empty_transcripts,
     read_table,
@@ -86,7 +87,8 @@ def format_data(
     """Write `dst` from `src`; a finished `dst` is kept, an interrupted one goes on.
 
     Utterances whose audio or features are missing, corrupt or empty, and those with an
-    empty transcript, are dropped: `dst/dropped.txt` lists them with the reason.
+    empty transcript, are dropped: `dst/dropped.txt` lists them with the reason, and
+    `dst/dropped_text` holds what was said.
 
     Args:
         text: whether every utterance must have a transcript.
@@ -122,12 +124,22 @@ def _format(
         outcome = Outcome()
         for part in parallel_map(work, jobs, nj, f"format {name}", parallel_config):
             outcome.update(part)
+    if text:
+        _keep_what_was_said(src, Path(dst), outcome.dropped)
     outcome.dropped.update((utt, "empty transcript") for utt in silent)
     report_dropped(dst, outcome.dropped, len(utts))
     for rate in sorted(set(outcome.rates.values()) - {form.fs}):
         logging.info(f"{src}: resampled from {rate} Hz to {form.fs} Hz")
     _write_tables(src, Path(dst), form, outcome)
     shutil.rmtree(Path(dst) / "chunks", ignore_errors=True)
+
+
+def _keep_what_was_said(src: str, dst: Path, dropped: Table) -> None:
+    """Write `dropped_text`: of a test set, scoring counts it as deletions."""
+    (dst / DROPPED_TEXT).unlink(missing_ok=True)
+    if dropped:
+        texts = read_table(Path(src) / "text", allow_empty=True)
+        write_table(dst / DROPPED_TEXT, {utt: texts[utt] for utt in dropped})
 
 
 def read_utterances(src: str, utts: list[str]) -> list[Utterance]:

@@ -7,7 +7,6 @@ softmax-weighted sum of all layers and a linear head are trained, the model is n
 
 import json
 import logging
-import statistics
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence, Union
@@ -16,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from dldkit.asr.scoring import score_texts
 from dldkit.data.audio import BadAudio, read_audio
 from dldkit.data.datadir import Table, read_table
 from dldkit.errors import UserError
+from dldkit.report.scoring import score_texts
+from dldkit.report.tables import markdown, spread
 from dldkit.sfm.teacher import open_teacher, teacher_info
 from dldkit.step import digest
 
@@ -95,7 +95,8 @@ def run_probes(
             scores["digit_accuracy"].append(classify(single, words, seed))
             scores["speaker_accuracy"].append(classify(single, speakers, seed))
             scores["digit_string_wer"].append(transcribe(string, texts, seed))
-        logging.info(f"{name}: {_row(name, scores)}")
+        reached = (f"{title} {spread(scores[t], 1)}" for t, title in _TASKS.items())
+        logging.info(f"{name}: {', '.join(reached)}")
     items = {
         "digits": len(words[1]),
         "strings": len(texts[1]),
@@ -275,16 +276,12 @@ def _table(results: Mapping[str, Any], items: Mapping[str, int], seeds) -> str:
         f"{items['strings']} test strings of {items['words']} digits"
         + (f"; mean ± standard deviation of {len(seeds)} probes." * (len(seeds) > 1)),
         "",
-        "|upstream|" + "|".join(_TASKS.values()) + "|",
-        "|---|" + "---:|" * len(_TASKS),
-        *(_row(name, scores) for name, scores in results.items()),
+        markdown(
+            " | ".join(["upstream", *_TASKS.values()]),
+            (
+                [name, *(spread(scores[task], 1) for task in _TASKS)]
+                for name, scores in results.items()
+            ),
+        ),
     ]
     return "\n".join(lines)
-
-
-def _row(name: str, scores: Mapping[str, list[float]]) -> str:
-    cells = []
-    for values in (scores[task] for task in _TASKS):
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.1f}{spread}")
-    return "|".join(["", name, *cells, ""])

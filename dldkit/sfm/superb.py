@@ -19,6 +19,7 @@ from typing import Optional, Sequence, Union
 import yaml
 
 from dldkit.errors import UserError
+from dldkit.report.tables import markdown
 
 INSTALL = (
     "DLDKIT_EXTRAS=espeak,sfm,test,superb tools/install.sh, or pip install "
@@ -456,12 +457,7 @@ def collect(output_dir: Union[str, Path], name: str) -> str:
             if words:
                 notes.append(f"{task.upper()}: not SUPERB's settings, but with {words}")
     cells = ["–" if value is None else f"{value:.2f}" for value in row.values()]
-    lines = [
-        ["upstream", *row],
-        ["---", *("---:" for _ in row)],
-        [name, *cells],
-    ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown(" | ".join(["upstream", *row]), [[name, *cells]])
     table = "\n\n".join([table, *notes])
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "superb.md").write_text(table + "\n", encoding="utf-8")

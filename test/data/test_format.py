@@ -120,6 +120,9 @@ def test_bad_utterances_are_dropped_and_listed(train, tmp_path, caplog):
     assert dropped[empty] == "no samples"
     assert dropped[broken].startswith("truncated")
     assert dropped[silent] == "empty transcript"
+    said = read_table(tmp_path / "out" / "dropped_text")
+    texts = read_table(train / "text", allow_empty=True)
+    assert said == {utt: texts[utt] for utt in (empty, broken)}
     assert "dropped 3 of 4" in caplog.text
 
 

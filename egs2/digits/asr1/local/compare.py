@@ -4,15 +4,14 @@
 import argparse
 import json
 import platform
-import statistics
 from datetime import date
 from pathlib import Path
 
-from dldkit.asr.scoring import score_files
 from dldkit.data.datadir import read_source
 from dldkit.errors import UserError, report_user_errors
+from dldkit.report.scoring import score_files
+from dldkit.report.tables import markdown, put_between_marks, spread
 
-BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 TAGS = {"uncalibrated": "no", "calibrated": "yes"}
 
 
@@ -43,20 +42,23 @@ def table(args, test_set: str) -> tuple[list[str], dict]:
     """Return the lines of the table of one test set, and its numbers."""
     depths = [int(d) for d in args.depths.split()]
     rates = word_error_rates(args, test_set)
-    lines = [
-        f"**{test_set}**: {read_source(Path(args.data_root) / test_set)}",
-        "",
-        "|system|calibrated|" + "|".join(f"depth {d}" for d in depths) + "|",
-        "|---|---|" + "---:|" * len(depths),
-    ]
+    rows = []
     systems = list(dict.fromkeys(_row(s) for s in args.systems.split()))
     for system in systems:
         for tag, calibrated in TAGS.items():
-            cells = []
-            for depth in depths:
-                name = f"static{depth}" if system == "static" else system
-                cells.append(_cell(rates.get((name, tag, depth))))
-            lines.append("|".join(["", _title(system), calibrated, *cells, ""]))
+            names = [f"static{d}" if system == "static" else system for d in depths]
+            values = [rates.get((n, tag, d)) for n, d in zip(names, depths)]
+            cells = ["" if v is None else spread(v, 2) for v in values]
+            rows.append([_title(system), calibrated, *cells])
+    lines = [
+        f"**{test_set}**: {read_source(Path(args.data_root) / test_set)}",
+        "",
+        markdown(
+            " | ".join(["system", "calibrated", *(f"depth {d}" for d in depths)]),
+            rows,
+            text_columns=2,
+        ),
+    ]
     numbers = [
         {"test_set": test_set, "system": s, "tag": t, "depth": d, "wer": values}
         for (s, t, d), values in rates.items()
@@ -70,13 +72,6 @@ def _row(system: str) -> str:
 
 def _title(system: str) -> str:
     return "static, one model per depth" if system == "static" else system
-
-
-def _cell(values) -> str:
-    if not values:
-        return ""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -113,12 +108,7 @@ def main() -> None:
     ]
     results = Path(args.expdir) / "comparison.json"
     results.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    readme = Path(args.readme)
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise UserError(f"{readme} lacks the marks {BEGIN} and {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text("\n".join([before + BEGIN, *body, END + after]), encoding="utf-8")
+    put_between_marks(Path(args.readme), "\n".join(body))
     print("\n".join(body))
 
 

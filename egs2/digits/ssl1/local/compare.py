@@ -14,8 +14,8 @@ import yaml
 from espnet2.train.reporter import Reporter
 
 from dldkit.errors import UserError, report_user_errors
+from dldkit.report.tables import markdown, put_between_marks, spread
 
-BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 SCORES = {
     "digit_accuracy": "digits, accuracy %",
     "speaker_accuracy": "speakers, accuracy %",
@@ -66,20 +66,12 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Return mean ± standard deviation; of one value, that value alone."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
 def table(
     trainings: dict[str, list[Training]],
     step_times: dict[str, Optional[float]],
     scores: dict[str, list[dict[str, list[float]]]],
-) -> list[str]:
-    """Return the lines of the table.
+) -> str:
+    """Return the table.
 
     Args:
         trainings: of each system, one for each seed.
@@ -88,7 +80,7 @@ def table(
     """
     heads = ["trainings", "time of training (s)", "ratio to full", "step time"]
     heads += ["validation loss", *SCORES.values()]
-    lines = ["|system|" + "|".join(heads) + "|", "|---|" + "--:|" * len(heads)]
+    rows = []
     full = trainings.get("full")
     for name, upstreams in scores.items():
         cells = [""] * 5
@@ -105,8 +97,8 @@ def table(
         for score in SCORES:
             values = [value for upstream in upstreams for value in upstream[score]]
             cells.append(spread(values, 1))
-        lines.append("|".join(["", name, *cells, ""]))
-    return lines
+        rows.append([name, *cells])
+    return markdown(" | ".join(["system", *heads]), rows)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -149,7 +141,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         "spread is the probe's alone. Time is that of all training steps; step time is "
         "the ratio to full that bench/step_time.py measures side by side.",
         "",
-        *table(trainings, step_times, scores),
+        table(trainings, step_times, scores),
         "",
         f"Made by `{args.command.strip()}` on {date.today()} with espnet "
         f"{espnet.__version__}, torch {torch.__version__}, Python "
@@ -164,12 +156,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     }
     results = expdir / "comparison.json"
     results.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    readme = Path(args.readme)
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise UserError(f"{readme} lacks the marks {BEGIN} and {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text("\n".join([before + BEGIN, *body, END + after]), encoding="utf-8")
+    put_between_marks(Path(args.readme), "\n".join(body))
     print("\n".join(body))
 
 

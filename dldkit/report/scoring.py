@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Sequence, Union
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
-from dldkit.data.datadir import read_table
+from dldkit.data.datadir import DROPPED_TEXT, read_table
 from dldkit.errors import UserError
 
 # Resampled utterances held in memory at a time by bootstrap_interval.
@@ -143,15 +143,45 @@ def score_files(
 ) -> tuple[Score, Score]:
     """Score a decoded ``text`` against the reference ``text``: (words, characters).
 
+    Utterances that stage 3 dropped (``dropped_text`` beside the reference) count as
+    deletions: a system that can not read a recording does not get it for nothing.
+
     Raises:
         UserError: see `read_text` and `check_keys`.
     """
     references, hypotheses = read_text(reference_file), read_text(hypothesis_file)
     check_keys(references, hypotheses, reference_file, hypothesis_file)
+    dropped = Path(reference_file).with_name(DROPPED_TEXT)
+    if dropped.is_file():
+        texts = read_text(dropped)
+        references.update(texts)
+        hypotheses.update(dict.fromkeys(texts, ""))
     return (
         score_texts(references, hypotheses, "word"),
         score_texts(references, hypotheses, "character"),
     )
+
+
+def not_decoded(data_dir: Path, decoded_dir: Path) -> dict[str, str]:
+    """Return the utterances of a test set that gave no text at all, and why.
+
+    Args:
+        data_dir: of the test set.
+        decoded_dir: with ``text`` and ``score``.
+    """
+    found = {}
+    if (data_dir / DROPPED_TEXT).is_file():
+        reasons = read_table(data_dir / "dropped.txt")
+        found = {
+            utt_id: reasons[utt_id] for utt_id in read_text(data_dir / DROPPED_TEXT)
+        }
+    if (decoded_dir / "score").is_file():
+        scores = read_table(decoded_dir / "score")
+        for utt_id, text in read_text(decoded_dir / "text").items():
+            # a sum of logarithms is only 0 where there is no frame to add
+            if not text and float(scores[utt_id]) == 0:
+                found[utt_id] = "too short for the encoder"
+    return found
 
 
 def bootstrap_interval(
@@ -169,16 +199,19 @@ def bootstrap_interval(
     if not score.errors.any():
         exact = binomtest(0, int(score.lengths.sum())).proportion_ci(coverage)
         return float(exact.low), float(exact.high)
-    n = len(score.utt_ids)
-    rng = np.random.default_rng(seed)
-    rates: list[np.ndarray] = []
-    rows = max(1, _CHUNK // n)
-    for start in range(0, samples, rows):
-        drawn = rng.integers(n, size=(min(rows, samples - start), n))
-        rates.append(score.errors[drawn].sum(1) / score.lengths[drawn].sum(1))
-    tail = 50 * (1 - coverage)
-    low, high = np.percentile(np.concatenate(rates), [tail, 100 - tail])
-    return float(low), float(high)
+    drawn = bootstrap(
+        (score.errors, score.lengths),
+        lambda errors, lengths, axis: errors.sum(axis) / lengths.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=samples,
+        batch=max(1, _CHUNK // len(score.utt_ids)),
+        confidence_level=coverage,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    interval = drawn.confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def _name(utt_ids: Sequence[str], shown: int = 5) -> str:

@@ -4,9 +4,14 @@ import random
 import numpy as np
 import pytest
 
-from dldkit.asr import scoring
-from dldkit.asr.scoring import bootstrap_interval, read_text, score_files, score_texts
 from dldkit.errors import UserError
+from dldkit.report import scoring
+from dldkit.report.scoring import (
+    bootstrap_interval,
+    read_text,
+    score_files,
+    score_texts,
+)
 
 
 def edit_distance(ref, hyp):

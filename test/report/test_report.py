@@ -10,10 +10,11 @@ import pytest
 import soundfile
 import torch
 
-from dldkit.asr import report
-from dldkit.asr.scoring import Score, read_text
 from dldkit.bin.depth_report import main
 from dldkit.errors import UserError
+from dldkit.report import plot, results, tables
+from dldkit.report.report import render
+from dldkit.report.scoring import Score, read_text
 
 SOURCE = "AN4, real recordings"
 MODEL = "valid.loss.ave.pth"
@@ -25,15 +26,15 @@ def write_table(path, table):
     path.write_text("".join(f"{key} {value}\n" for key, value in table.items()))
 
 
-def make_result(system="dld", depth=2, errors=(1, 0), test_set="test"):
+def make_result(system="dld", depth=2, errors=(1, 0), test_set="test", inserted=1):
     words = Score(
         ("u1", "u2"),
         np.array([4, 2]) - errors,
         np.array(errors),
         np.array([0, 0]),
-        np.array([1, 0]),
+        np.array([inserted, 0]),
     )
-    return report.Result(
+    return results.Result(
         system, test_set, depth, words, words, (0.1, 0.5), layers=tuple(range(depth))
     )
 
@@ -56,7 +57,7 @@ def decoded(tmp_path):
 
 def collect(root, depths=(4, 2)):
     systems = {"dld": root / "exp/dld"}
-    return report.collect_scores(systems, root / "dump", ["test"], depths, "tag")
+    return results.collect_scores(systems, root / "dump", ["test"], depths, "tag")
 
 
 def test_scores_of_each_decoded_depth(decoded):
@@ -65,6 +66,32 @@ def test_scores_of_each_decoded_depth(decoded):
     assert (two.depth, two.words.error_rate) == (2, 2 / 4)
     assert four.characters.totals()["err"] == 1
     assert four.interval[0] <= 1 / 4 <= four.interval[1]
+
+
+def test_what_was_not_decoded_counts_as_deletions_and_is_listed(decoded):
+    """One recording was dropped in stage 3, another is too short for the encoder."""
+    data, exp = decoded / "dump/test", decoded / "exp/dld/tag/depth4/test"
+    write_table(data / "dropped.txt", {"u3": "no such file: u3.wav", "u4": "empty"})
+    write_table(data / "dropped_text", {"u3": "five six"})
+    write_table(exp / "text", {"u1": "one two three", "u2": ""})
+    write_table(exp / "score", {"u1": "-1.5", "u2": "0.0"})
+    (four,) = collect(decoded, depths=[4])
+    totals = four.words.totals()
+    assert (totals["wrd"], totals["corr"], totals["del"]) == (6, 3, 3)
+    assert four.not_decoded == {
+        "u2": "too short for the encoder",
+        "u3": "no such file: u3.wav",
+    }
+    assert tables.not_decoded_lines([four]) == (
+        "- dld, test, depth 4: u2 (too short for the encoder), "
+        "u3 (no such file: u3.wav)"
+    )
+    assert four.as_json()["not_decoded"] == four.not_decoded
+    facts = dict(command="", environment={}, test_sets={"test": SOURCE}, notes=[])
+    facts.update(systems={}, inference_tag="tag")
+    assert "## Not decoded, counted as deletions\n\n- dld" in render([four], facts)
+    four.not_decoded = {}
+    assert "Not decoded" not in render([four], facts)
 
 
 def test_a_depth_that_was_not_decoded_is_left_out(decoded, caplog):
@@ -82,7 +109,7 @@ def test_an_unfinished_decoding_is_refused(decoded):
 
 
 def test_tables_have_espnets_columns_and_percentages():
-    table = cells(report._espnet_table([make_result()], "words", "tag"))
+    table = cells(tables.espnet_table([make_result()], "words", "tag"))
     assert table[0] == "dataset Snt Wrd Corr Sub Del Ins Err S.Err".split()
     # 6 words: 5 correct, 1 substituted, 1 inserted; 1 of 2 sentences wrong
     expected = "tag/depth2/test 2 6 83.3 16.7 0.0 16.7 33.3 50.0"
@@ -94,7 +121,7 @@ def test_summary_shows_what_was_measured():
     result.parameters = 1234567
     result.macs_per_second = 12.34e6
     result.rtf = [0.03, 0.01, 0.02]
-    header, row = cells(report.summary_table([result]))
+    header, row = cells(tables.summary_table([result]))
     assert dict(zip(header, row)) == {
         "system": "dld",
         "test set": "test",
@@ -113,29 +140,49 @@ def test_summary_shows_what_was_measured():
     [((0, 1, 2, 3), "0-3"), ((0, 1, 3), "0,1,3"), ((0, 4, 5, 6, 9), "0,4-6,9")],
 )
 def test_layers_are_written_shortly(layers, shown):
-    assert report._slots(layers) == shown
+    assert tables._slots(layers) == shown
 
 
-@pytest.mark.parametrize("wer", [(0, 0, 0), (1, 1, 0), (3, 0, 1)])
-def test_plot_of_a_perfect_and_a_hopeless_system(tmp_path, wer):
-    results = [
-        make_result("dld", 4, (wer[0], 0)),
-        make_result("dld", 2, (wer[1], 0)),
-        make_result("static", 4, (4, wer[2])),
-    ]
-    report.plot(results, {"test": SOURCE}, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_plot_draws_one_line_per_system_with_its_intervals(tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were drawn."""
     from matplotlib import pyplot
 
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    results = [make_result("dld", 2), make_result("dld", 4), make_result("static", 4)]
-    for result, macs in zip(results, (2e6, 4e6, 5e6)):
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "errors, scale", [((0, 0, 1), "symlog"), ((1, 1, 0), "linear")]
+)
+def test_plot_of_a_perfect_and_a_hopeless_system(tmp_path, figures, errors, scale):
+    """WERs of 0 and of 100 % are both inside the axes."""
+    found = [
+        make_result("dld", 4, (errors[0], 0), inserted=0),
+        make_result("dld", 2, (errors[1], 0), inserted=0),
+        make_result("static", 4, (4, errors[2])),
+    ]
+    plot.plot(found, {"test": SOURCE}, tmp_path / "plot.png")
+    assert figures[0].axes[0].get_yscale() == scale
+    for panel in figures[0].axes:
+        low, high = panel.get_ylim()
+        rates = [100 * result.words.error_rate for result in found]
+        assert low <= min(rates) and max(rates) <= high
+    from matplotlib import image
+
+    colours = image.imread(tmp_path / "plot.png")[..., :3].reshape(-1, 3)
+    blue, orange = (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)  # matplotlib's first two
+    for colour in (blue, orange):
+        distance = np.abs(colours - np.array(colour) / 255).max(1)
+        assert (distance < 0.01).sum() > 50
+
+
+def test_plot_draws_one_line_per_system_with_its_intervals(tmp_path, figures):
+    found = [make_result("dld", 2), make_result("dld", 4), make_result("static", 4)]
+    for result, macs in zip(found, (2e6, 4e6, 5e6)):
         result.macs_per_second = macs
-    report.plot(results, {"test": SOURCE}, tmp_path / "plot.png")
+    plot.plot(found, {"test": SOURCE}, tmp_path / "plot.png")
     by_depth, by_macs = figures[0].axes
     for panel, x in ((by_depth, [[2, 4], [4]]), (by_macs, [[2, 4], [5]])):
         lines = panel.containers
@@ -155,8 +202,6 @@ def test_plot_draws_one_line_per_system_with_its_intervals(tmp_path, monkeypatch
     [
         (["--system", "exp/asr"], "write NAME=EXP"),
         (["--system", "a=x", "--system", "a=y"], "a name stands twice"),
-        (["--system", "a=x", "--depths", "12 six"], "write numbers of layers"),
-        (["--system", "a=x", "--depths", "0"], "write numbers of layers"),
         (["--system", "a=x", "--test_sets", " "], "at least one test set"),
         (["--system", "a=x", "--bootstrap", "0"], "can not be less than 1"),
         (["--system", "a=x"], "system a: nothing is decoded on test; looked for x/"),
@@ -174,9 +219,15 @@ def test_wrong_options_are_refused(tmp_path, capsys, options, message):
     assert error.startswith("error: ") and message in error
 
 
+def test_depths_are_read_as_everywhere(capsys):
+    with pytest.raises(SystemExit):
+        main(["--system", "a=x", "--depths", "12 six"])
+    assert "write numbers of layers" in capsys.readouterr().err
+
+
 def test_missing_model_is_named(decoded):
     with pytest.raises(UserError, match="system dld: .*config.yaml does not exist"):
-        report.load_recognisers({"dld": decoded / "exp/dld"}, MODEL)
+        results.load_recognisers({"dld": decoded / "exp/dld"}, MODEL)
 
 
 # --- the whole report, from models, recordings and decoded texts
@@ -310,15 +361,15 @@ def test_costs_on_features(tmp_path):
     ark, scp = str(data_dir / "feats.ark"), str(data_dir / "feats.scp")
     kaldiio.save_ark(ark, feats, scp=scp)
     make_experiment(tmp_path / "dld", 4, "--input_size 24")
-    results = [make_result("dld", depth) for depth in (4, 2)]
-    recognisers = report.load_recognisers({"dld": tmp_path / "dld"}, MODEL)
-    report.measure_costs(results, recognisers, tmp_path / "dump", 0.02, 2, 2)
-    four, two = results
+    found = [make_result("dld", depth) for depth in (4, 2)]
+    recognisers = results.load_recognisers({"dld": tmp_path / "dld"}, MODEL)
+    results.measure_costs(found, recognisers, tmp_path / "dump", 0.02, 2, 2)
+    four, two = found
     assert (four.layers, two.layers) == ((0, 1, 2, 3), (0, 3))
-    assert [len(r.rtf) for r in results] == [2, 2]
+    assert [len(r.rtf) for r in found] == [2, 2]
     assert two.macs_per_second < four.macs_per_second
 
     per_second = four.macs_per_second
-    report.measure_costs([four], recognisers, tmp_path / "dump", 0.01, 0, 2)
+    results.measure_costs([four], recognisers, tmp_path / "dump", 0.01, 0, 2)
     assert four.macs_per_second == pytest.approx(2 * per_second)  # half as long
     assert len(four.rtf) == 2  # left as it was: none was asked for

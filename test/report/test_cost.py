@@ -5,7 +5,9 @@ import torch
 from espnet2.asr.ctc import CTC
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 
-from dldkit.asr.cost import (
+from dldkit.asr.encoder import LDConformerEncoder, LDTransformerEncoder
+from dldkit.errors import UserError
+from dldkit.report.cost import (
     TimedDecoder,
     Utterance,
     evenly_spaced,
@@ -14,8 +16,6 @@ from dldkit.asr.cost import (
     real_time_factors,
     speech_seconds,
 )
-from dldkit.asr.encoder import LDConformerEncoder, LDTransformerEncoder
-from dldkit.errors import UserError
 
 D, FF, KERNEL, VOCAB, MELS = 8, 16, 3, 5, 20
 SIZES = dict(input_size=MELS, output_size=D, attention_heads=2, linear_units=FF)
@@ -172,7 +172,7 @@ def test_utterances_are_spread_over_the_lengths():
 def test_decoders_take_turns_on_one_thread(monkeypatch):
     calls = []
     depth, clock = None, 0.0
-    monkeypatch.setattr("dldkit.asr.cost.time.perf_counter", lambda: clock)
+    monkeypatch.setattr("dldkit.report.cost.time.perf_counter", lambda: clock)
 
     def timed(name, utterances):
         def prepare():

@@ -1,0 +1,165 @@
+"""The depth report: accuracy and cost of each system at each encoder depth."""
+
+import json
+import platform
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import dldkit
+from dldkit.data.datadir import read_source
+from dldkit.report.plot import plot
+from dldkit.report.results import (
+    Result,
+    collect_scores,
+    load_recognisers,
+    measure_costs,
+)
+from dldkit.report.tables import espnet_table, not_decoded_lines, summary_table
+
+
+def make_report(
+    systems: dict[str, Path],
+    data_root: Union[str, Path],
+    test_sets: Sequence[str],
+    depths: Sequence[int],
+    inference_tag: str,
+    inference_asr_model: str,
+    output_dir: Union[str, Path],
+    selector: str = "even",
+    depth_profile: Optional[str] = "auto",
+    frame_shift: float = 0.01,
+    rtf_utts: int = 20,
+    rtf_repeats: int = 5,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    command: str = "",
+) -> str:
+    """Score and measure every decoded depth, and write the report.
+
+    Returns:
+        What speech the test sets are made of and the summary table, in Markdown.
+
+    Raises:
+        UserError: nothing is decoded, a decoded text does not fit its test set, or a
+            model or its test audio can not be read.
+    """
+    data_root, output_dir = Path(data_root), Path(output_dir)
+    results = collect_scores(
+        systems, data_root, test_sets, depths, inference_tag, bootstrap, seed
+    )
+    measure_costs(
+        results,
+        load_recognisers(systems, inference_asr_model, selector, depth_profile),
+        data_root,
+        frame_shift,
+        rtf_utts,
+        rtf_repeats,
+    )
+    facts = {
+        "command": command,
+        "environment": environment(),
+        "systems": {
+            name: {"experiment": str(exp), "model": inference_asr_model}
+            for name, exp in systems.items()
+        },
+        "test_sets": {name: corpus_source(data_root / name) for name in test_sets},
+        "inference_tag": inference_tag,
+        "notes": notes(rtf_utts, rtf_repeats, bootstrap, seed),
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    everything = {**facts, "results": [result.as_json() for result in results]}
+    (output_dir / "results.json").write_text(
+        json.dumps(everything, indent=2) + "\n", encoding="utf-8"
+    )
+    plot(results, facts["test_sets"], output_dir / "wer_vs_depth.png")
+    (output_dir / "RESULTS.md").write_text(
+        render(results, facts), encoding="utf-8"
+    )  # last: with it the report is complete
+    return f"{speech_lines(facts['test_sets'])}\n\n{summary_table(results)}"
+
+
+def render(results: Sequence[Result], facts: dict[str, Any]) -> str:
+    """Render RESULTS.md."""
+    parts = [
+        "# Results",
+        f"Made by\n```sh\n{facts['command']}\n```",
+        "\n".join(f"- {name}: {value}" for name, value in facts["environment"].items()),
+        "## Accuracy and cost at each depth",
+        speech_lines(facts["test_sets"]),
+        summary_table(results),
+        "\n".join(f"- {note}" for note in facts["notes"]),
+        "![WER against depth and against MACs](wer_vs_depth.png)",
+    ]
+    if lost := not_decoded_lines(results):
+        parts += ["## Not decoded, counted as deletions", lost]
+    for system, about in facts["systems"].items():
+        parts.append(f"## {system}: {about['experiment']} ({about['model']})")
+        own = [result for result in results if result.system == system]
+        for title, unit in (("WER", "words"), ("CER", "characters")):
+            parts.append(f"### {title}")
+            parts.append(espnet_table(own, unit, facts["inference_tag"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def corpus_source(data_dir: Path) -> str:
+    """Return the line that says what speech a test set is made of."""
+    return read_source(data_dir) or f"not stated (no corpus_source in {data_dir})"
+
+
+def speech_lines(test_sets: dict[str, str]) -> str:
+    """Say what speech each test set is made of, a line each."""
+    return "\n".join(
+        f"- {name}: speech: {source}" for name, source in test_sets.items()
+    )
+
+
+def environment() -> dict[str, str]:
+    """Return the date, and the versions and hardware that the numbers depend on."""
+    import torch
+
+    found = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "dldkit": dldkit.__version__,
+    }
+    for package in ("espnet", "torch", "torchaudio", "numpy", "jiwer"):
+        found[package] = version(package)
+    found["cpu"] = _cpu_name()
+    cuda = torch.cuda.is_available()
+    found["gpu"] = torch.cuda.get_device_name(0) if cuda else "none"
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def notes(rtf_utts: int, rtf_repeats: int, bootstrap: int, seed: int) -> list[str]:
+    """Say how the columns of the summary table were measured."""
+    lines = [
+        f"95 % CI: percentile bootstrap over utterances, {bootstrap} samples, seed "
+        f"{seed}; it covers the choice of test utterances, not that of the training "
+        "seed or of the speakers.",
+        "params: parameters that greedy CTC recognition uses at that depth (from the "
+        "frontend to the CTC head), without those of skipped layers.",
+        "MMACs/s: millions of multiply-accumulates per second of audio, for the "
+        "utterance of the test set's median length; matrix products and convolutions "
+        "as torch's flop counter counts them, halved (no STFT, norms, activations).",
+    ]
+    if rtf_utts > 0 and rtf_repeats > 0:
+        lines.append(
+            "RTF: wall-clock time of greedy CTC decoding over audio time, on one CPU "
+            f"core, one utterance at a time, at most {rtf_utts} utterances spread over "
+            f"the test set's lengths; median (min-max) of {rtf_repeats} repeats, in "
+            "which all depths and systems took turns."
+        )
+    return lines

@@ -1,0 +1,126 @@
+"""Tables of results, in Markdown that also reads well in a terminal."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from tabulate import tabulate
+
+from dldkit.errors import UserError
+from dldkit.report.results import Result
+
+BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
+
+
+def summary_table(results: Sequence[Result]) -> str:
+    """Render the table of all systems, test sets and depths."""
+    return markdown(
+        "system | test set | depth | layers | WER % [95 % CI] | CER % | params "
+        "| MMACs/s | RTF median (min-max)",
+        (
+            (
+                r.system,
+                r.test_set,
+                r.depth,
+                _slots(r.layers),
+                f"{100 * r.words.error_rate:.2f} "
+                f"[{100 * r.interval[0]:.2f}, {100 * r.interval[1]:.2f}]",
+                f"{100 * r.characters.error_rate:.2f}",
+                "-" if r.parameters is None else f"{r.parameters:,}",
+                "-" if r.macs_per_second is None else f"{r.macs_per_second / 1e6:.1f}",
+                (
+                    f"{median(r.rtf):.4f} ({min(r.rtf):.4f}-{max(r.rtf):.4f})"
+                    if r.rtf
+                    else "-"
+                ),
+            )
+            for r in results
+        ),
+        text_columns=2,
+    )
+
+
+def espnet_table(results: Sequence[Result], unit: str, inference_tag: str) -> str:
+    """Render scores as ESPnet's RESULTS.md does: percent of the reference units."""
+    rows = []
+    for result in results:
+        total = getattr(result, unit).totals()
+        rows.append(
+            [
+                f"{inference_tag}/depth{result.depth}/{result.test_set}",
+                total["snt"],
+                total["wrd"],
+                *(
+                    f"{100 * total[name] / total['wrd']:.1f}"
+                    for name in ("corr", "sub", "del", "ins", "err")
+                ),
+                f"{100 * total['s_err'] / total['snt']:.1f}",
+            ]
+        )
+    return markdown("dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err", rows, text_columns=1)
+
+
+def not_decoded_lines(results: Sequence[Result], shown: int = 10) -> str:
+    """List the utterances of each test set that gave no text, and why, a line each."""
+    lines = []
+    for result in results:
+        lost = result.not_decoded
+        some = [f"{utt} ({lost[utt]})" for utt in sorted(lost)[:shown]]
+        more = [f"and {len(lost) - shown} more, see results.json"] * (len(lost) > shown)
+        if lost:
+            where = f"{result.system}, {result.test_set}, depth {result.depth}"
+            lines.append(f"- {where}: {', '.join(some + more)}")
+    return "\n".join(lines)
+
+
+def markdown(header: str, rows: Iterable[Sequence[Any]], text_columns: int = 1) -> str:
+    """Render a table.
+
+    Args:
+        header: names of the columns, between bars.
+        text_columns: how many of them are text, the others are numbers.
+    """
+    names = [name.strip() for name in header.split("|")]
+    aligned = ["left"] * text_columns + ["right"] * (len(names) - text_columns)
+    return tabulate(
+        [list(map(str, row)) for row in rows],
+        names,
+        tablefmt="pipe",
+        disable_numparse=True,
+        colalign=aligned,
+    )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Write mean ± standard deviation; of one value, that value alone."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def put_between_marks(readme: Path, body: str) -> None:
+    """Replace what stands between the two marks of a comparison in a README.
+
+    Raises:
+        UserError: it lacks a mark.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{readme} lacks the marks {BEGIN} and {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+
+
+def _slots(layers: Sequence[int]) -> str:
+    """Write a set of layers shortly: 0-3,7."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run))
+        for run in runs
+    )
