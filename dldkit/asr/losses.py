@@ -1,6 +1,7 @@
 """The distillation loss between CTC posteriors."""
 
 import torch
+import torch.nn.functional as F
 
 from dldkit.asr.posteriors import Posteriors
 from dldkit.errors import UserError
@@ -82,7 +83,10 @@ class CTCPosteriorKL(torch.nn.Module):
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """KL(p‖q) of log-probabilities over the last dimension; 0 log 0 is 0."""
-    return (p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0).sum(-1)
+    # not with probabilities as target: where one is 0, its gradient would be NaN, and
+    # in the reverse direction the target is the student
+    divergence = F.kl_div(q, p, reduction="none", log_target=True)
+    return divergence.masked_fill(p.isneginf(), 0.0).sum(-1)
 
 
 def _with_rest_bin(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

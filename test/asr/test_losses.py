@@ -179,6 +179,16 @@ def test_computes_in_float32_under_autocast(student, teacher, dtype):
     assert result.item() == pytest.approx(by_hand_, rel=1e-5)
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse", "symmetric"])
+def test_a_student_that_is_certain_can_learn(student, teacher, direction):
+    """Its other probabilities are below what float32 holds."""
+    logits = (100 * student).requires_grad_()
+    assert (logits.log_softmax(-1).exp() == 0).any()
+    loss = CTCPosteriorKL(direction=direction)
+    loss(logits, Posteriors(teacher, torch.tensor(LENGTHS))).backward()
+    assert logits.grad.isfinite().all() and logits.grad.any()
+
+
 def test_impossible_tokens_of_the_reference_cost_nothing(student, teacher):
     """float16 caches round very small probabilities to zero."""
     teacher[:, :, 2] = float("-inf")
