@@ -1,6 +1,8 @@
 """Read, check and convert single utterances of audio."""
 
+import os
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -109,14 +111,30 @@ def _declared_frames(path: str, audio: soundfile.SoundFile) -> int:
     for other formats its own count is the header's.
     """
     if audio.format in ("WAV", "WAVEX"):
-        info = audio.extra_info
-        size = re.search(r"^data : (\d+) \(should be", info, re.MULTILINE)
-        block = re.search(r"Block Align\s*: (\d+)", info)
-        if size and block and int(size[1]) < UNKNOWN_SIZE:
-            return int(size[1]) // int(block[1])
+        block, size = _wav_header(path)
+        if block and size is not None and size < UNKNOWN_SIZE:
+            return size // block
     elif audio.format == "NIST":
         with open(path, "rb") as raw:
             count = re.search(rb"sample_count -i (\d+)", raw.read(1024))
         if count:
             return int(count[1])
     return audio.frames
+
+
+def _wav_header(path: str) -> tuple[int, int | None]:
+    """Return the bytes of a frame, and the bytes that the chunk `data` declares."""
+    block = 0
+    with open(path, "rb") as raw:
+        order = ">" if raw.read(12)[:4] == b"RIFX" else "<"
+        while len(head := raw.read(8)) == 8:
+            name, size = struct.unpack(f"{order}4sI", head)
+            if name == b"data":
+                return block, size
+            if name == b"fmt ":
+                (block,) = struct.unpack_from(f"{order}H", raw.read(size), 12)
+                size %= 2
+            else:
+                size += size % 2
+            raw.seek(size, os.SEEK_CUR)  # chunks begin at even places
+    return block, None

@@ -83,6 +83,24 @@ def test_truncated_audio_is_bad(recording, tmp_path, suffix, keep):
         read_audio(str(path))
 
 
+@pytest.mark.parametrize("endian", ["LITTLE", "BIG"])
+@pytest.mark.parametrize("subtype", ["PCM_24", "FLOAT", "ALAW"])
+def test_truncated_wav_with_a_chunk_of_odd_size(recording, tmp_path, endian, subtype):
+    samples, fs = read_audio(recording)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.stack([samples] * 2, 1), fs, subtype, endian)
+    content = path.read_bytes()
+    order = endian.lower()
+    note = b"note" + (5).to_bytes(4, order) + b"hello\0"
+    data = content.index(b"data")
+    whole = content[:data] + note + content[data:]
+    path.write_bytes(whole)
+    assert len(read_audio(str(path))[0]) == len(samples)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadAudio, match=f"truncated: .* of {len(samples)} samples"):
+        read_audio(str(path))
+
+
 def test_streamed_wav_of_unknown_size_is_good(recording, tmp_path):
     samples, fs = read_audio(recording)
     path = tmp_path / "a.wav"
