@@ -23,7 +23,7 @@ from transformers import HubertConfig, HubertModel
 from dldkit.depth.growth import boundaries
 from dldkit.errors import UserError, report_user_errors
 from dldkit.sfm.model import SFMDistillModel
-from dldkit.tasks.sfm import complete
+from dldkit.sfm.options import complete
 
 SMALL = Path(__file__).parents[1] / "egs2/digits/ssl1/conf/train_sfm.yaml"
 SCHEDULES = dict(equal=dict(schedule="equal"), prop1=dict(schedule="prop", alpha=1.0))

@@ -1,11 +1,13 @@
 """Batches of unlabelled speech: crops, or padding."""
 
-from typing import Collection
+from typing import Collection, Sequence
 
 import numpy as np
+import soundfile
 import torch
 from espnet2.train.collate_fn import common_collate_fn
 
+from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
 
 FRAME = 320  # samples between frames: crops begin at a frame of the cached targets
@@ -90,3 +92,33 @@ def _refuse_others_targets(utt: str, whole: dict[str, np.ndarray]) -> None:
             f"for {FRAME} samples: they were collected from other audio; collect them "
             "again (python -m dldkit.bin.sfm_collect_targets)"
         )
+
+
+def refuse_other_rates(
+    data: Sequence[tuple[str, str, str]], sampling_rate: int
+) -> None:
+    """Refuse speech of another sampling rate, in Hz, than the teacher's.
+
+    Args:
+        data: path, name and type of ESPnet's data entries.
+
+    Raises:
+        UserError: naming the table, and an utterance; or for an empty table.
+    """
+    for path, name, _ in data:
+        if name != "speech":
+            continue
+        table = read_table(path)
+        if not table:
+            raise UserError(f"{path} lists no utterance")
+        utt, file = next(iter(table.items()))
+        try:
+            found = soundfile.info(file).samplerate
+        except soundfile.LibsndfileError as error:
+            raise UserError(f"{path}: utterance {utt}: {error}") from error
+        if found != sampling_rate:
+            raise UserError(
+                f"{path}: utterance {utt} has {found} Hz, but the teacher takes "
+                f"{sampling_rate} Hz: format the data with --fs {sampling_rate} "
+                "(stage 3)"
+            )

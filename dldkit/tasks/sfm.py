@@ -2,9 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
-import soundfile
 from espnet2.tasks.abs_task import AbsTask
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from espnet2.train.class_choices import ClassChoices
@@ -12,11 +11,11 @@ from espnet2.train.collate_fn import CommonCollateFn
 from espnet2.utils.nested_dict_action import NestedDictAction
 
 import dldkit
-from dldkit.data.datadir import read_table
 from dldkit.data.frames import read_in_training
 from dldkit.errors import UserError
-from dldkit.sfm.data import TARGETS, CropCollateFn
+from dldkit.sfm.data import TARGETS, CropCollateFn, refuse_other_rates
 from dldkit.sfm.model import SFMDistillModel
+from dldkit.sfm.options import complete, named_teacher
 from dldkit.sfm.teacher import is_cached, teacher_info
 from dldkit.train.choices import TrainerChoice, trainer_choices
 
@@ -60,7 +59,7 @@ class SFMDistillTask(TrainerChoice, AbsTask):
     def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable:
         """Return what makes batches."""
         try:
-            rate = teacher_info(_teacher(args.model_conf)).sampling_rate
+            rate = teacher_info(named_teacher(args.model_conf)).sampling_rate
             crop = CropCollateFn(train, **{"fs": rate, **args.collate_fn_conf})
         except TypeError as error:
             raise UserError(f"collate_fn_conf: {error}") from None
@@ -108,53 +107,11 @@ class SFMDistillTask(TrainerChoice, AbsTask):
     @classmethod
     def check_data(cls, args: argparse.Namespace) -> None:
         """Let training read cached targets; refuse another rate than the teacher's."""
-        teacher = _teacher(args.model_conf)
+        teacher = named_teacher(args.model_conf)
         if not args.collect_stats and is_cached(teacher):
             read_in_training(args, Path(teacher), TARGETS, "sfm_collect_targets")
-        rate = teacher_info(teacher).sampling_rate
-        for path, name, _ in (
+        refuse_other_rates(
             args.train_data_path_and_name_and_type
-            + args.valid_data_path_and_name_and_type
-        ):
-            if name != "speech":
-                continue
-            table = read_table(path)
-            if not table:
-                raise UserError(f"{path} lists no utterance")
-            utt, file = next(iter(table.items()))
-            try:
-                found = soundfile.info(file).samplerate
-            except soundfile.LibsndfileError as error:
-                raise UserError(f"{path}: utterance {utt}: {error}") from error
-            if found != rate:
-                raise UserError(
-                    f"{path}: utterance {utt} has {found} Hz, but the teacher takes "
-                    f"{rate} Hz: format the data with --fs {rate} (stage 3)"
-                )
-
-
-def _teacher(model_conf: dict[str, Any]) -> str:
-    teacher = model_conf.get("teacher")
-    if not teacher:
-        raise UserError(
-            "model_conf names no teacher: set it to a Hugging Face name or directory, "
-            "an ESPnet SSL model, or a directory of cached targets"
+            + args.valid_data_path_and_name_and_type,
+            teacher_info(teacher).sampling_rate,
         )
-    return teacher
-
-
-def complete(model_conf: dict[str, Any]) -> dict[str, Any]:
-    """Return the options with those filled in that the teacher decides."""
-    needed = ("teacher_layers", "teacher_size", "normalize")
-    if all(model_conf.get(key) is not None for key in needed):
-        return model_conf
-    info = teacher_info(_teacher(model_conf))
-    thirds = sorted({-(-info.num_layers * i // 3) for i in (1, 2, 3)})
-    cached = [layer for layer in info.layers or () if layer > 0]  # 0 is the input
-    found = dict(
-        teacher_layers=cached or thirds,
-        teacher_size=info.hidden_size,
-        normalize=info.normalize,
-    )
-    given = {k: v for k, v in model_conf.items() if v is not None}
-    return {**model_conf, **found, **given}
