@@ -139,11 +139,14 @@ class Step:
         done, part = self.directory / ".done", self.directory / ".part"
         if self.read(".part") != self.description:
             files, options = self.changes("files"), self.changes("options")
-            if files and self.bound_by and (self.directory / self.bound_by).exists():
-                raise UserError(
-                    f"{self.directory} was begun with other files: {_few(files)}. "
-                    "Remove it, or choose another directory"
-                )
+            if self.bound_by and (self.directory / self.bound_by).exists():
+                before = (self.read(".part") or self.read(".done") or {}).get("files")
+                # what was not noted down before can not have changed
+                if others := [name for name in files if name in (before or {})]:
+                    raise UserError(
+                        f"{self.directory} was begun with other files: {_few(others)}. "
+                        "Remove it, or choose another directory"
+                    )
             if files or options:
                 logging.warning(f"{self.directory}: changed: {_few(files + options)}")
             if not self.keep:

@@ -8,9 +8,9 @@ import torch
 import yaml
 from espnet2.asr.espnet_model import ESPnetASRModel
 
-from dldkit.asr.loading import load_asr_model
+from dldkit.asr.loading import find_checkpoint, load_asr_model
 from dldkit.asr.posteriors import Posteriors, unpack
-from dldkit.data.frames import DATA_TYPE
+from dldkit.data.frames import DATA_TYPE, collected_from
 from dldkit.errors import UserError
 from dldkit.random_state import untouched_random_numbers
 
@@ -179,3 +179,21 @@ class CachedReference:
 def is_cached(path: Union[str, Path, None]) -> bool:
     """Say whether `path` is a directory of cached posteriors."""
     return path is not None and (Path(path) / f"{POSTERIORS}.scp").is_file()
+
+
+def reference_file(path: Union[str, Path]) -> Path:
+    """Return the file whose content says which reference it is.
+
+    Raises:
+        UserError: when there is no reference at `path`.
+    """
+    path = Path(path)
+    if is_cached(path):
+        return collected_from(path, POSTERIORS)
+    found = find_checkpoint(path) if path.is_dir() else path
+    if not found.is_file():
+        raise UserError(
+            f"no {path}: name a trained experiment directory, one of its checkpoints, "
+            "a packed zip, or cached posteriors"
+        )
+    return found

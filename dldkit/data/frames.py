@@ -145,6 +145,12 @@ def collect(
             new.write_text("".join(f"{line}\n" for line in lines))
 
 
+def collected_from(directory: Path, name: str) -> Path:
+    """Return the file that says from which model and data `name`.scp was collected."""
+    done = directory / ".done"  # of the step that collected it
+    return done if done.is_file() else directory / f"{name}.scp"
+
+
 def refuse_missing_gpu(ngpu: int) -> None:
     """Raise a UserError if a GPU is asked for that is not there."""
     if ngpu and not torch.cuda.is_available():

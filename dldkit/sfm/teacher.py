@@ -18,8 +18,10 @@ from espnet2.utils.get_default_kwargs import get_default_kwargs
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dldkit.asr.loading import check_weights, find_checkpoint, read_checkpoint
+from dldkit.data.frames import collected_from
 from dldkit.errors import UserError
 from dldkit.random_state import untouched_random_numbers
+from dldkit.sfm.data import TARGETS
 from dldkit.sfm.wave import (
     cnn_features,
     frame_lengths,
@@ -125,6 +127,18 @@ def open_teacher(
 def is_cached(path: PathLike) -> bool:
     """Say whether `path` is a directory of cached targets."""
     return (Path(path) / TARGETS_DESCRIPTION).is_file()
+
+
+def weight_files(path: PathLike) -> list[Path]:
+    """Return the files whose content says which teacher it is; none on the Hub."""
+    path = Path(path)
+    if is_cached(path):
+        return [collected_from(path, TARGETS)]
+    if path.is_file():
+        return [path]
+    if (path / "config.yaml").is_file():
+        return [find_checkpoint(path)]
+    return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
 
 
 def _teacher_class(path: PathLike) -> type:

@@ -8,7 +8,7 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.tasks.asr import ASRTask
 
 import dldkit
-from dldkit.asr.reference import POSTERIORS, is_cached
+from dldkit.asr.reference import POSTERIORS, is_cached, reference_file
 from dldkit.config_files import resolved_arguments
 from dldkit.data.frames import read_in_training
 from dldkit.train.choices import TrainerChoice, trainer_choices
@@ -42,6 +42,12 @@ class DLDASRTask(TrainerChoice, ASRTask):
         reference = (args.model_conf or {}).get("reference")
         if not args.collect_stats and is_cached(reference):
             read_in_training(args, Path(reference), POSTERIORS, "collect_posteriors")
+
+    @classmethod
+    def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
+        """Return the reference's file."""
+        reference = (args.model_conf or {}).get("reference")
+        return {} if reference is None else {"reference": reference_file(reference)}
 
     @classmethod
     def optional_data_names(

@@ -16,7 +16,7 @@ from dldkit.errors import UserError
 from dldkit.sfm.data import TARGETS, CropCollateFn, refuse_other_rates
 from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.options import complete, named_teacher
-from dldkit.sfm.teacher import is_cached, teacher_info
+from dldkit.sfm.teacher import is_cached, teacher_info, weight_files
 from dldkit.train.choices import TrainerChoice, trainer_choices
 
 # Children of multi-GPU training import just this module.
@@ -115,3 +115,9 @@ class SFMDistillTask(TrainerChoice, AbsTask):
             + args.valid_data_path_and_name_and_type,
             teacher_info(teacher).sampling_rate,
         )
+
+    @classmethod
+    def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
+        """Return the files of the teacher's weights, where it is a local one."""
+        found = weight_files(named_teacher(args.model_conf))
+        return {f"teacher {path.name}": path for path in found}

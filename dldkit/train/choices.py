@@ -2,6 +2,7 @@
 
 import argparse
 import multiprocessing
+from pathlib import Path
 from typing import Optional, Sequence
 
 import yaml
@@ -50,7 +51,8 @@ class TrainerChoice:
             super().main(args)  # which says what is missing
             return
         cls.check_data(args)
-        with experiment(args) as is_to_be_done:
+        teachers = {} if args.collect_stats else cls.teacher_files(args)
+        with experiment(args, teachers) as is_to_be_done:
             if is_to_be_done:
                 try:
                     super().main(args)
@@ -85,3 +87,8 @@ class TrainerChoice:
     @classmethod
     def check_data(cls, args: argparse.Namespace) -> None:
         """Refuse data that do not fit, on all ranks; for tasks to define."""
+
+    @classmethod
+    def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
+        """Return the files of models that a training learns from, by a name."""
+        return {}

@@ -3,9 +3,10 @@
 import argparse
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from espnet2.train.distributed_utils import (
     get_node_rank,
@@ -31,7 +32,9 @@ FILES = "data_path_and_name_and_type", "shape_file"
 
 
 @contextmanager
-def experiment(args: argparse.Namespace) -> Iterator[bool]:
+def experiment(
+    args: argparse.Namespace, teachers: Mapping[str, Path] = MappingProxyType({})
+) -> Iterator[bool]:
     """Hold the experiment directory of a training; yield whether it is to be done.
 
     Another process that trains there is waited for. What was finished with the same
@@ -40,6 +43,8 @@ def experiment(args: argparse.Namespace) -> Iterator[bool]:
     Args:
         args: of ESPnet's training command. The files that inference needs are copied
             into `output_dir`, and `args` name the copies.
+        teachers: files of models that it learns from; the directory is bound to them
+            as to its data.
 
     Raises:
         UserError: the training can not begin, or the directory belongs to other data.
@@ -59,7 +64,7 @@ def experiment(args: argparse.Namespace) -> Iterator[bool]:
     logging.basicConfig(level=args.log_level, format=_log_format())
     step = Step(
         args.output_dir,
-        _files(args),
+        {**_files(args), **teachers},
         keep=True,
         bound_by=None if args.collect_stats else "checkpoint.pth",
         **_options(args),

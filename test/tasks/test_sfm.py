@@ -285,6 +285,21 @@ def test_refuses_data_that_is_not_there(training, tmp_path, capsys, content):
     assert str(tmp_path / "wav.scp") in error_of(arguments, capsys)
 
 
+def test_another_teacher_is_refused(training, teacher, tmp_path, capsys):
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher, copy)
+    conf = dict(teacher=str(copy))
+    arguments = training(tmp_path / "exp", model_conf=conf, max_epoch=1)
+    main(arguments)
+    model = HubertModel.from_pretrained(copy)
+    torch.nn.init.normal_(model.encoder.layers[0].final_layer_norm.weight)
+    model.save_pretrained(copy)
+    arguments = training(tmp_path / "exp", model_conf=conf, max_epoch=2)
+    last = error_of(arguments, capsys)
+    assert "begun with other files: teacher model.safetensors" in last
+    assert not (tmp_path / "exp" / "2epoch.pth").exists()
+
+
 class TestCachedTargets:
     def test_training_reads_them(self, training, corpus, teacher, tmp_path):
         """Until the teacher is gone; its layers are those that were collected."""

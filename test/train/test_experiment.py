@@ -93,6 +93,31 @@ class TestAgain:
         assert f"{directory} was begun with other files: " in last
         assert epochs_of(directory) == 3
 
+    def test_another_reference_is_refused(
+        self, static, dld_training, tmp_path, capsys
+    ):
+        """One that was trained on, in the same place, and the same one cached."""
+        reference, directory = tmp_path / "reference", tmp_path / "exp"
+        shutil.copytree(static, reference)
+        conf = dict(reference=str(reference))
+        main(dld_training(directory, model_conf=conf, max_epoch=1))
+        checkpoint = reference / "valid.loss_ctc.ave.pth"
+        states = torch.load(checkpoint, weights_only=True)
+        states["ctc.ctc_lo.bias"][0] += 1
+        checkpoint.unlink()
+        torch.save(states, checkpoint)
+        command = dld_training(directory, model_conf=conf, max_epoch=2)
+        last = error_of(command, capsys)
+        assert last.endswith(
+            "was begun with other files: reference. Remove it, or choose another "
+            "directory"
+        )
+        assert epochs_of(directory) == 1
+        shutil.rmtree(reference)
+        shutil.copytree(static, reference)
+        main(command)
+        assert epochs_of(directory) == 2
+
     def test_the_first_versions_experiments_go_on(self, begun):
         """They have no record, or one of another form."""
         directory, training = begun
