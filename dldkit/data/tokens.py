@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
+from dldkit.step import Step, atomic
 
 BLANK, UNK, SOS_EOS = "<blank>", "<unk>", "<sos/eos>"
 
@@ -22,6 +23,8 @@ def make_token_list(
 ) -> None:
     """Write one token a line: `<blank>`, `<unk>`, the units, `<sos/eos>`.
 
+    A list that was made from the same text in the same way is kept.
+
     Args:
         token_type: `char`, `word` or `bpe`.
         text: table `utt transcript`.
@@ -36,18 +39,27 @@ def make_token_list(
         raise UserError(f"{text} has no transcripts to make tokens from")
     if nlsyms is not None and not Path(nlsyms).is_file():
         raise UserError(f"{nlsyms} (non-linguistic symbols) does not exist")
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(output).parent
+    files = {"text": text} | ({"nlsyms": nlsyms} if nlsyms else {})
+    options = dict(token_type=token_type)
     if token_type == "bpe":
-        prefix = bpe_model_prefix or str(Path(output).parent / "bpe")
-        symbols = Path(nlsyms).read_text(encoding="utf-8").split() if nlsyms else []
-        options = dict(
+        options.update(
             vocab_size=nbpe, model_type=bpe_mode, character_coverage=character_coverage
         )
-        units = _train_bpe(sentences, text, prefix, symbols, **options)
-        tokens = [BLANK, UNK, *units, SOS_EOS]
-        Path(output).write_text("\n".join(tokens) + "\n", encoding="utf-8")
-    else:
-        _count_units(token_type, text, output, nlsyms)
+    with Step(directory, files, keep=True, **options) as step:
+        if step.done and Path(output).is_file():
+            return
+        if token_type == "bpe":
+            prefix = bpe_model_prefix or str(directory / "bpe")
+            symbols = Path(nlsyms).read_text(encoding="utf-8").split() if nlsyms else []
+            del options["token_type"]
+            units = _train_bpe(sentences, text, prefix, symbols, **options)
+            tokens = [BLANK, UNK, *units, SOS_EOS]
+            with atomic(output) as new:
+                new.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+        else:
+            with atomic(output) as new:
+                _count_units(token_type, text, str(new), nlsyms)
     count = len(Path(output).read_text(encoding="utf-8").splitlines())
     logging.info(f"{output}: {count} tokens ({token_type})")
 
@@ -97,7 +109,8 @@ def _train_bpe(
             f"sentencepiece can not learn {options['vocab_size']} units (--nbpe) from "
             f"{text}: {error}"
         )
-    Path(f"{prefix}.model").write_bytes(model.getvalue())
+    with atomic(f"{prefix}.model") as new:
+        new.write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     with open(f"{prefix}.vocab", "w", encoding="utf-8") as vocab:

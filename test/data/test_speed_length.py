@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from dldkit.bin.filter_data import main as filter_main
@@ -25,6 +27,23 @@ def test_speed_makes_new_utterances_of_new_speakers(an4, tmp_path):
         assert speakers["sp0.9-" + utt] == "sp0.9-" + speakers[utt]
         assert read_table(dst / "text")["sp1.1-" + utt] == read_table(dst / "text")[utt]
     assert (dst / "corpus_source").read_text() == (src / "corpus_source").read_text()
+
+
+def test_speeds_are_kept_until_the_data_change(an4, tmp_path):
+    src, dst = tmp_path / "src", tmp_path / "sp"
+    shutil.copytree(an4 / "train_nodev", src)
+    speed_main(["--factors", "0.9 1.0", str(src), str(dst)])
+    made = (dst / "wav.scp").stat().st_mtime_ns
+    speed_main(["--factors", "0.9 1.0", str(src), str(dst)])
+    assert (dst / "wav.scp").stat().st_mtime_ns == made
+    text = read_table(src / "text")
+    utt = min(text)
+    write_table(src / "text", {**text, utt: "SOMETHING ELSE"})
+    speed_main(["--factors", "0.9 1.0", str(src), str(dst)])
+    assert read_table(dst / "text")["sp0.9-" + utt] == "SOMETHING ELSE"
+    with pytest.raises(SystemExit):  # someone's own directory is not overwritten
+        speed_main([str(src), str(an4 / "test")])
+    assert not (an4 / "test" / "utt2speed").exists()
 
 
 @pytest.mark.parametrize("factors", ["0", "-1", "fast", "nan"])

@@ -61,6 +61,23 @@ def test_bpe_round_trip_through_espnet(text, tmp_path, mode):
         assert tokenizer.tokens2text(ids.ids2tokens(numbers)) == sentence
 
 
+def test_a_list_is_kept_until_text_or_options_change(text, tmp_path):
+    output = tmp_path / "out" / "tokens.txt"
+
+    def made(*options):
+        main(["--text", str(text), "--output", str(output), *options])
+        return output.stat().st_mtime_ns, len(output.read_text().splitlines())
+
+    first = made("--nbpe", "40")
+    text.touch()
+    assert made("--nbpe", "40") == first
+    assert made("--nbpe", "42")[1] == 42
+    before = output.read_text()
+    write_table(text, {**read_table(text, allow_empty=True), "new": "XYLOPHONES ZAP"})
+    made("--nbpe", "42")
+    assert output.read_text() != before
+
+
 def test_bpe_model_is_that_of_sentencepiece_on_the_text(text, tmp_path):
     """ESPnet trains on a file with the transcripts; so does this."""
     sentences = [s for s in read_table(text, allow_empty=True).values() if s]

@@ -93,9 +93,7 @@ class TestAgain:
         assert f"{directory} was begun with other files: " in last
         assert epochs_of(directory) == 3
 
-    def test_another_reference_is_refused(
-        self, static, dld_training, tmp_path, capsys
-    ):
+    def test_another_reference_is_refused(self, static, dld_training, tmp_path, capsys):
         """One that was trained on, in the same place, and the same one cached."""
         reference, directory = tmp_path / "reference", tmp_path / "exp"
         shutil.copytree(static, reference)
