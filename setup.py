@@ -33,7 +33,11 @@ setup(
         "test": [
             "pytest",
             "pytest-timeout",
-            "espnet-s3prl",  # an exported student is loaded in it
+            "pytest-xdist",
+            "espnet-s3prl",  # an exported student is loaded in it, and SUPERB is run
+            'editdistance; python_version < "3.13"',  # has no wheel for 3.13
+            "sed_eval",
+            "more_itertools",
             "black",
             "isort",
             "flake8",

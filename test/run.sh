@@ -10,4 +10,5 @@ export PATH="${DLDKIT_VENV:-${root}/.venv}/bin:${PATH}"
 # Models in the tests are tiny: more threads would only slow them down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cd "${root}"
-exec python -m pytest -m "not slow" "$@"
+# two processes, each file in one of them: its fixtures take longer than its tests
+exec python -m pytest -n 2 --dist loadfile -m "not slow" "$@"

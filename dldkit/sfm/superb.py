@@ -20,6 +20,7 @@ import yaml
 
 from dldkit.errors import UserError
 from dldkit.report.tables import markdown
+from dldkit.step import Step
 
 INSTALL = (
     "DLDKIT_EXTRAS=espeak,sfm,test,superb tools/install.sh, or pip install "
@@ -333,52 +334,46 @@ def run(
     list_dir = Path(list_dir).resolve()
     tasks, roots = check_tasks(tasks, corpora, dscore)
     settings = {"upstream": check_upstream(upstream_dir), "args": list(task_args)}
-    runs = []
+    steps = []
     for task in tasks:
         for fold in er_folds if TASKS[task].folds else [None]:
             directory = output_dir / task
             if fold is not None:
                 directory /= f"fold{fold}"
-            _check_settings(directory, settings)
-            runs.append((task, fold, directory))
+            step = Step(directory, {}, keep=True, **settings)
+            if step.changes("options"):
+                raise UserError(
+                    f"{directory} is from another upstream or other --task_args: "
+                    "remove it, or choose another --upstream_name"
+                )
+            steps.append((task, fold, step))
     fetch_lists(tasks, list_dir)
 
-    for task, fold, directory in runs:
-        if (directory / ".done").exists():
-            logging.info(f"{task}: {directory} is finished, kept")
-            continue
-        _keep_whole_checkpoints(directory / "train")
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "settings.json").write_text(json.dumps(settings) + "\n")
-        options = {
-            "target_dir": str(directory.resolve()),
-            "cache_dir": str(list_dir),
-            "device": device,
-            "num_workers": num_workers,
-            "build_upstream.name": "hf_hubert_custom",
-            "build_upstream.path_or_url": str(upstream_dir),
-        }
-        for option, name in TASKS[task].corpora.items():
-            options[f"prepare_data.{option}"] = str(roots[name])
-        if fold is not None:
-            options["prepare_data.test_fold"] = fold
-        if task == "sd":
-            _link_dscore(Path(dscore).resolve(), directory)
-        # s3prl evaluates the values as Python expressions.
-        words = [w for key, value in options.items() for w in (f"--{key}", repr(value))]
-        command = [str(list_dir), TASKS[task].problem, *words, *task_args]
-        _run_s3prl(command, directory / "superb.log")
-        _scores(task, directory)
-        (directory / ".done").touch()
-
-
-def _check_settings(directory: Path, settings: dict) -> None:
-    path = directory / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise UserError(
-            f"{directory} is from another upstream or other --task_args: remove it, or "
-            "choose another --upstream_name"
-        )
+    for task, fold, step in steps:
+        with step:
+            if step.done:
+                continue
+            directory = step.directory
+            _keep_whole_checkpoints(directory / "train")
+            options = {
+                "target_dir": str(directory.resolve()),
+                "cache_dir": str(list_dir),
+                "device": device,
+                "num_workers": num_workers,
+                "build_upstream.name": "hf_hubert_custom",
+                "build_upstream.path_or_url": str(upstream_dir),
+            }
+            for option, name in TASKS[task].corpora.items():
+                options[f"prepare_data.{option}"] = str(roots[name])
+            if fold is not None:
+                options["prepare_data.test_fold"] = fold
+            if task == "sd":
+                _link_dscore(Path(dscore).resolve(), directory)
+            # s3prl evaluates the values as Python expressions.
+            words = [w for k, v in options.items() for w in (f"--{k}", repr(v))]
+            command = [str(list_dir), TASKS[task].problem, *words, *task_args]
+            _run_s3prl(command, directory / "superb.log")
+            _scores(task, directory)
 
 
 def _keep_whole_checkpoints(train_dir: Path) -> None:
@@ -468,4 +463,5 @@ def collect(output_dir: Union[str, Path], name: str) -> str:
 
 
 def _task_args(directory: Path) -> str:
-    return " ".join(json.loads((directory / "settings.json").read_text())["args"])
+    done = json.loads((directory / ".done").read_text(encoding="utf-8"))
+    return " ".join(done["options"]["args"])

@@ -18,6 +18,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from dldkit.errors import UserError
 from dldkit.sfm import superb
 from dldkit.sfm.s3prl_main import apply_effects_tensor, audio_info
+from dldkit.step import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_S3PRL = pytest.mark.skipif(
@@ -71,9 +72,8 @@ def finished(directory: Path, result: str, args=(), **scores: float) -> None:
     path = directory / result
     path.parent.mkdir(parents=True)
     path.write_text(yaml.safe_dump(scores))
-    settings = {"upstream": "x", "args": list(args)}
-    (directory / "settings.json").write_text(json.dumps(settings))
-    (directory / ".done").touch()
+    with Step(directory, {}, keep=True, upstream="x", args=list(args)):
+        pass
 
 
 def cells(line: str) -> list[str]:
@@ -216,7 +216,10 @@ def test_finished_task_is_kept_and_another_upstream_refused(
     with pytest.raises(UserError, match="ks is from another upstream or other"):
         superb.run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
     settings = {"upstream": superb.check_upstream(upstream), "args": []}
-    (directory / "settings.json").write_text(json.dumps(settings))
+    for mark in (".done", ".part"):
+        (directory / mark).unlink(missing_ok=True)
+    with Step(directory, {}, keep=True, **settings):
+        pass
     superb.run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
     assert not (directory / "superb.log").exists()  # s3prl was not started
 
