@@ -1,13 +1,64 @@
 """How the commands read their options."""
 
 import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import humanfriendly
+
+from dldkit.errors import UserError
 
 
-def depth_list(text: str) -> list[int]:
-    """Read numbers of layers, each once: `12 6 2`, or `12,6,2`."""
+def integers(text: str, least: int, what: str) -> list[int]:
+    """Read numbers between blanks or commas, each once."""
     words = text.replace(",", " ").split()
-    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+    if not words or not all(word.isdecimal() and int(word) >= least for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r}: write {what}")
+    return list(dict.fromkeys(map(int, words)))
+
+
+depth_list = functools.partial(
+    integers, least=1, what='numbers of layers, such as "12 6 2"'
+)
+layer_list = functools.partial(integers, least=0, what="layers from 0, as 0,3,7")
+seed_list = functools.partial(integers, least=0, what='numbers, such as "0 1 2"')
+
+
+def positive(text: str) -> int:
+    """Read an integer above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write an integer above 0")
+    return int(text)
+
+
+def sampling_rate(text: str) -> int:
+    """Read a rate in Hz: `16000`, or `16k`."""
+    try:
+        rate = humanfriendly.parse_size(text)
+    except humanfriendly.InvalidSize:
+        rate = 0
+    if rate < 1:
         raise argparse.ArgumentTypeError(
-            f'{text!r}: write numbers of layers, such as "12 6 2"'
+            f"{text!r}: write a sampling rate in Hz, as 16000 or 16k"
         )
-    return list(dict.fromkeys(int(word) for word in words))
+    return rate
+
+
+def named_paths(option: str, texts: Sequence[str]) -> dict[str, Path]:
+    """Split NAME=PATH, given once or more often.
+
+    Raises:
+        UserError: no path, a name that is no file name, or one given twice.
+    """
+    paths: dict[str, Path] = {}
+    for text in texts:
+        name, _, path = text.partition("=")
+        if not path or Path(name).name != name or not name:
+            raise UserError(
+                f"{option} {text}: write NAME=PATH, such as dld=exp/asr_dld"
+            )
+        if name in paths:
+            raise UserError(f"{option}: the name {name} stands there twice")
+        paths[name] = Path(path)
+    return paths

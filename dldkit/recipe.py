@@ -9,18 +9,19 @@ import os
 import re
 import shlex
 import shutil
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import humanfriendly
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dldkit.bin.merge_config import merge_files
 from dldkit.errors import UserError
+from dldkit.options import sampling_rate
 
 CHOICES = {
     "feats_type": ["raw", "fbank", "extracted"],
@@ -193,12 +194,9 @@ def _check_sets(options: Mapping[str, str]) -> None:
 
 def _sampling_rate(text: str) -> str:
     try:
-        rate = humanfriendly.parse_size(text)
-    except humanfriendly.InvalidSize:
-        rate = 0
-    if rate < 1:
-        raise UserError(f"--fs {text}: write a sampling rate in Hz, as 16000 or 16k")
-    return str(rate)
+        return str(sampling_rate(text))
+    except ArgumentTypeError as error:
+        raise UserError(f"--fs {error}") from None
 
 
 def _integer(name: str, text: str, least: int, most: float = math.inf) -> None:

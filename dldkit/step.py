@@ -150,15 +150,21 @@ class Step:
             if files or options:
                 logging.warning(f"{self.directory}: changed: {_few(files + options)}")
             if not self.keep:
-                self._clear(known=done.is_file() or part.is_file())
+                self._clear()
             text = json.dumps(self.description, indent=1, sort_keys=True)
             with atomic(part) as new:
                 new.write_text(text + "\n", encoding="utf-8")
         done.unlink(missing_ok=True)
 
-    def _clear(self, known: bool) -> None:
+    def _is_ours(self) -> bool:
+        """Say whether a step of this kind wrote here: it has the same options."""
+        marks = [self.read(name) for name in (".part", ".done")]
+        names = set(self.description["options"])
+        return any(m and set(m.get("options", ())) == names for m in marks)
+
+    def _clear(self) -> None:
         found = [p for p in self.directory.iterdir() if not p.name.startswith(".lock")]
-        if found and not known:
+        if found and not self._is_ours():
             raise UserError(
                 f"{self.directory} holds other files, which this step did not write "
                 f"({found[0].name}): remove it, or choose another destination"

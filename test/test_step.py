@@ -241,3 +241,17 @@ def test_second_job_uses_what_the_first_made(tmp_path):
     processes = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert (tmp_path / "out" / "result").read_text() == "made\n"
+
+
+def test_a_directory_of_another_kind_of_step_is_not_cleared(tmp_path):
+    """As a training's, where data are to be formatted to by mistake."""
+    with Step(tmp_path / "a", {}, keep=True, lr=1, max_epoch=3):
+        (tmp_path / "a" / "weeks.pth").write_text("of training")
+    with pytest.raises(UserError, match="holds other files.*weeks.pth.: remove it"):
+        with Step(tmp_path / "a", {}, fs=16000):
+            pass
+    assert (tmp_path / "a" / "weeks.pth").is_file()
+    with Step(tmp_path / "b", {}, fs=16000):
+        (tmp_path / "b" / "wav.scp").touch()
+    with Step(tmp_path / "b", {}, fs=8000):
+        assert not (tmp_path / "b" / "wav.scp").exists()

@@ -80,7 +80,8 @@ def write_depth_profile(
     encoder = model.encoder
     if not hasattr(encoder, "set_depth"):
         raise UserError(
-            f"{asr_model_file}: {type(encoder).__name__} has no depth to set"
+            f"{asr_model_file}: {type(encoder).__name__} has no run-time depth: train "
+            "with encoder: ld_conformer, or another ld_* encoder"
         )
     if not batch_norms(encoder):
         logging.info(f"{asr_model_file} has no BatchNorm: it needs no depth profile")

@@ -25,6 +25,7 @@ from dldkit.asr.speech import refuse_missing_speech
 from dldkit.depth.profile import find_profile, fingerprint
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
+from dldkit.options import layer_list, positive
 from dldkit.patches import patched
 
 dldkit.register()
@@ -202,13 +203,10 @@ def inference(
         with patched(espnet_inference, "Speech2Text", DepthSpeech2Text):
             espnet_inference.inference(**espnet_options)
     except (soundfile.LibsndfileError, OSError) as error:
-        # from a worker process, its message holds a stack trace
-        raise UserError(f"decoding stopped: {str(error).splitlines()[-1]}") from error
-
-
-def layer_list(text: str) -> list[int]:
-    """Parse `0,3,7`."""
-    return [int(layer) for layer in text.split(",")]
+        # from a worker process, its message holds a stack trace; and torch gives
+        # libsndfile's error this message as its number, so that str() fails
+        message = error.args[0] if isinstance(error.args[0], str) else str(error)
+        raise UserError(f"decoding stopped: {message.splitlines()[-1]}") from error
 
 
 def get_parser():
@@ -218,7 +216,7 @@ def get_parser():
         action.help = action.help and re.sub(r"%(?![(%])", "%%", action.help)
     group = parser.add_argument_group("Depth related")
     depth = group.add_mutually_exclusive_group()
-    depth.add_argument("--depth", type=int, help="Number of encoder layers to run")
+    depth.add_argument("--depth", type=positive, help="Number of encoder layers to run")
     depth.add_argument("--layers", type=layer_list, help="Layers to run, as 0,3,7")
     group.add_argument(
         "--selector",

@@ -6,7 +6,7 @@ import logging
 
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import report_user_errors
-from dldkit.options import depth_list
+from dldkit.options import depth_list, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -24,8 +24,8 @@ def get_parser() -> argparse.ArgumentParser:
         help='numbers of layers: "12 10 8 6 4 2"',
     )
     add("--selector", choices=list(SELECTORS), help="default: as the model was trained")
-    add("--num_utts", type=int, default=300, help="utterances to calibrate on")
-    add("--batch_size", type=int, default=20, help="utterances per unpadded batch")
+    add("--num_utts", type=positive, default=300, help="utterances to calibrate on")
+    add("--batch_size", type=positive, default=20, help="utterances per unpadded batch")
     add("--seed", type=int, default=0, help="of the choice of utterances")
     return parser
 

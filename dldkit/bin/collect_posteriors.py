@@ -5,6 +5,7 @@ import argparse
 import logging
 
 from dldkit.errors import report_user_errors
+from dldkit.options import positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -17,7 +18,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_dirs", nargs="+", required=True, help="training and validation speech")
     add("--output_dir", required=True, help="for posteriors.scp and the arks")
     add("--top_k", type=int, help="keep K tokens per frame; all by default")
-    add("--nj", type=int, default=1, help="number of jobs")
+    add("--nj", type=positive, default=1, help="number of jobs")
     add("--ngpu", type=int, default=0, choices=[0, 1], help="1 = compute on the GPU")
     add("--parallel_config", help="YAML of a cluster, see dldkit.parallel")
     return parser

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from dldkit.errors import report_user_errors
-from dldkit.options import depth_list
+from dldkit.options import depth_list, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--inference_tag", required=True, help="results go to EXP/TAG/depthN/SET")
     add("--inference_args", default="", help="options of dldkit.bin.asr_inference")
-    add("--nj", type=int, default=1, help="number of jobs")
+    add("--nj", type=positive, default=1, help="number of jobs")
     add("--parallel_config", help="YAML of a cluster, see dldkit.parallel")
     return parser
 

@@ -12,7 +12,7 @@ from espnet2.utils.types import str_or_none
 
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError, report_user_errors
-from dldkit.options import depth_list
+from dldkit.options import depth_list, named_paths, positive
 from dldkit.report.report import make_report
 from dldkit.step import Step
 
@@ -47,27 +47,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--frame_shift", type=float, default=0.01, help="seconds, for feats.scp")
     add("--rtf_utts", type=int, default=20, help="utterances to time; 0: no RTF")
     add("--rtf_repeats", type=int, default=5, help="how often each depth is timed")
-    add("--bootstrap", type=int, default=1000, help="samples for the 95 %% interval")
+    add(
+        "--bootstrap",
+        type=positive,
+        default=1000,
+        help="samples for the 95 %% interval",
+    )
     add("--seed", type=int, default=0, help="of the bootstrap samples")
     return parser
-
-
-def parse_systems(systems: Sequence[str]) -> dict[str, Path]:
-    """Split NAME=EXP.
-
-    Raises:
-        UserError: no name or no directory, or a name given twice.
-    """
-    pairs = [system.partition("=") for system in systems]
-    for (name, _, exp), system in zip(pairs, systems):
-        if not name or not exp:
-            raise UserError(
-                f"--system {system}: write NAME=EXP, such as dld=exp/asr_dld"
-            )
-    names = [name for name, _, _ in pairs]
-    if len(set(names)) < len(names):
-        raise UserError(f"--system: a name stands twice in {' '.join(names)}")
-    return {name: Path(exp) for name, _, exp in pairs}
 
 
 @report_user_errors
@@ -80,11 +67,12 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     )
     if not args["test_sets"].split():
         raise UserError('--test_sets "": name at least one test set')
-    for name, least in (("rtf_utts", 0), ("rtf_repeats", 0), ("bootstrap", 1)):
-        if args[name] < least:
-            raise UserError(f"--{name} {args[name]}: it can not be less than {least}")
+    for name in ("rtf_utts", "rtf_repeats"):
+        if args[name] < 0:
+            raise UserError(f"--{name} {args[name]}: it can not be less than 0")
     argv = sys.argv[1:] if cmd is None else cmd
-    systems, output_dir = parse_systems(args.pop("system")), Path(args["output_dir"])
+    systems = named_paths("--system", args.pop("system"))
+    output_dir = Path(args["output_dir"])
     texts = {
         f"{name}/{text.relative_to(exp)}": text
         for name, exp in systems.items()

@@ -6,6 +6,7 @@ import logging
 
 from dldkit.data.length import filter_data
 from dldkit.errors import report_user_errors
+from dldkit.options import sampling_rate
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -23,7 +24,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max_length", type=float, default=20.0, help="as min_length")
     parser.add_argument(
-        "--fs", type=int, help="sampling rate in Hz; default: asks the first file"
+        "--fs",
+        type=sampling_rate,
+        help="sampling rate in Hz; default: asks the first file",
     )
     parser.add_argument(
         "--no_text", action="store_true", help="take data without transcripts"

@@ -6,6 +6,7 @@ import logging
 
 from dldkit.data.format import Format, format_data
 from dldkit.errors import report_user_errors
+from dldkit.options import positive, sampling_rate
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -21,15 +22,19 @@ def get_parser() -> argparse.ArgumentParser:
         default="raw",
         help="audio files; log mel energies; the directory's own feats.scp",
     )
-    parser.add_argument("--fs", type=int, default=16000, help="sampling rate in Hz")
+    parser.add_argument(
+        "--fs", type=sampling_rate, default=16000, help="sampling rate in Hz"
+    )
     parser.add_argument(
         "--audio_format", choices=("flac", "wav"), default="flac", help="for raw"
     )
-    parser.add_argument("--n_mels", type=int, default=80, help="dimension of fbank")
+    parser.add_argument(
+        "--n_mels", type=positive, default=80, help="dimension of fbank"
+    )
     parser.add_argument(
         "--channel", type=int, help="to read, from 0; default: all of them, mixed"
     )
-    parser.add_argument("--nj", type=int, default=1, help="number of processes")
+    parser.add_argument("--nj", type=positive, default=1, help="number of processes")
     parser.add_argument(
         "--parallel_config", help="YAML file that names a cluster, instead of --nj"
     )

@@ -6,6 +6,7 @@ import logging
 
 from dldkit.data.tokens import make_token_list
 from dldkit.errors import report_user_errors
+from dldkit.options import positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -17,7 +18,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", required=True, help="table: utterance, transcript")
     parser.add_argument("--output", required=True, help="token list to write")
     parser.add_argument("--nlsyms", help="file of symbols that are one token each")
-    parser.add_argument("--nbpe", type=int, default=256, help="number of BPE units")
+    parser.add_argument(
+        "--nbpe", type=positive, default=256, help="number of BPE units"
+    )
     parser.add_argument(
         "--bpe_model_prefix", help="BPE model to write; default: beside the list"
     )

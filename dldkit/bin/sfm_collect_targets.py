@@ -5,6 +5,7 @@ import argparse
 import logging
 
 from dldkit.errors import report_user_errors
+from dldkit.options import layer_list, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -14,18 +15,15 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--teacher", required=True, help="Hugging Face model, or ESPnet SSL experiment")
-    add("--layers", required=True, type=layers, help='as in "2 3 4"; 0 is the input')
+    add(
+        "--layers", required=True, type=layer_list, help='as in "2 3 4"; 0 is the input'
+    )
     add("--data_dirs", nargs="+", required=True, help="training and validation speech")
     add("--output_dir", required=True, help="for targets.scp and the arks")
-    add("--nj", type=int, default=1, help="number of jobs")
+    add("--nj", type=positive, default=1, help="number of jobs")
     add("--ngpu", type=int, default=0, choices=[0, 1], help="1 = compute on the GPU")
     add("--parallel_config", help="YAML of a cluster, see dldkit.parallel")
     return parser
-
-
-def layers(text: str) -> list[int]:
-    """Parse numbers, separated by blanks or commas."""
-    return [int(number) for number in text.replace(",", " ").split()]
 
 
 @report_user_errors

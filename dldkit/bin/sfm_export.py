@@ -8,9 +8,9 @@ load it.
 import argparse
 import logging
 
-from dldkit.asr.inference import layer_list
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import report_user_errors
+from dldkit.options import layer_list, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -23,7 +23,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--config", help="of the training; config.yaml beside the model by default")
     add("--output_dir", required=True, help="for the Hugging Face files alone")
     depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--depth", type=int, help="number of layers; all by default")
+    depth.add_argument(
+        "--depth", type=positive, help="number of layers; all by default"
+    )
     depth.add_argument("--layers", type=layer_list, help="the layers, as 0,3,7")
     add("--selector", choices=list(SELECTORS), default="even", help="layers of a depth")
     return parser

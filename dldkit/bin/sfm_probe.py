@@ -8,10 +8,10 @@ import argparse
 import logging
 import shlex
 import sys
-from pathlib import Path
 from typing import Optional, Sequence
 
-from dldkit.errors import UserError, report_user_errors
+from dldkit.errors import report_user_errors
+from dldkit.options import named_paths, seed_list
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -35,43 +35,14 @@ def get_parser() -> argparse.ArgumentParser:
     ):
         add(f"--{name}", nargs=2, required=True, metavar=("TRAIN", "TEST"), help=what)
     add("--output_dir", required=True, help="for RESULTS.md, probe.json and the cache")
-    add("--seeds", default="0", help='of the probes; "0 1 2" adds their spread')
+    add(
+        "--seeds",
+        type=seed_list,
+        default="0",
+        help='of the probes; "0 1 2" adds their spread',
+    )
     add("--device", default="cpu", help="where the models run: cpu or cuda")
     return parser
-
-
-def parse_upstreams(upstreams: Sequence[str]) -> dict[str, str]:
-    """Split NAME=PATH.
-
-    Raises:
-        UserError: no name or no path, a name that is no file name, or one given twice.
-    """
-    pairs: dict[str, str] = {}
-    for upstream in upstreams:
-        name, _, path = upstream.partition("=")
-        if not name or not path or Path(name).name != name:
-            raise UserError(
-                f"--upstream {upstream}: write NAME=PATH, such as full=exp/sfm_full/hf"
-            )
-        if name in pairs:
-            raise UserError(f"--upstream: the name {name} stands there twice")
-        pairs[name] = path
-    return pairs
-
-
-def parse_seeds(seeds: str) -> list[int]:
-    """Split "0 1 2".
-
-    Raises:
-        UserError: something that is not a number, or no seed.
-    """
-    try:
-        numbers = [int(seed) for seed in seeds.split()]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        raise UserError(f'--seeds "{seeds}": write numbers, such as "0 1 2"')
-    return list(dict.fromkeys(numbers))
 
 
 @report_user_errors
@@ -81,8 +52,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")
     argv = sys.argv[1:] if cmd is None else cmd
     args.update(
-        upstreams=parse_upstreams(args.pop("upstream")),
-        seeds=parse_seeds(args["seeds"]),
+        upstreams=named_paths("--upstream", args.pop("upstream")),
         command=shlex.join(["python3", "-m", "dldkit.bin.sfm_probe", *argv]),
     )
     from dldkit.sfm.probe import run_probes

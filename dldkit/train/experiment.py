@@ -130,6 +130,7 @@ def _files(args: argparse.Namespace) -> dict[str, str]:
         files[key] = str(copy) if copy.is_file() and not Path(path).is_file() else path
     for i, source in enumerate(() if args.collect_stats else args.init_param, 1):
         path = source.split(":")[0]
-        if Path(path).is_file():
-            files[f"init_param {i}"] = path
+        if not Path(path).is_file():
+            raise UserError(f"--init_param {path}: there is no such file")
+        files[f"init_param {i}"] = path
     return files

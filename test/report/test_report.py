@@ -200,10 +200,10 @@ def test_plot_draws_one_line_per_system_with_its_intervals(tmp_path, figures):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--system", "exp/asr"], "write NAME=EXP"),
-        (["--system", "a=x", "--system", "a=y"], "a name stands twice"),
+        (["--system", "exp/asr"], "write NAME=PATH"),
+        (["--system", "a=x", "--system", "a=y"], "name a stands there twice"),
         (["--system", "a=x", "--test_sets", " "], "at least one test set"),
-        (["--system", "a=x", "--bootstrap", "0"], "can not be less than 1"),
+        (["--system", "a=x", "--rtf_utts", "-1"], "can not be less than 0"),
         (["--system", "a=x"], "system a: nothing is decoded on test; looked for x/"),
     ],
 )
