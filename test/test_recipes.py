@@ -675,7 +675,7 @@ def test_all_stages_of_a_distillation(distilled, speech):
 
 def test_a_second_distillation_keeps_everything(distilled):
     recipe, run, _ = distilled
-    patterns = "sfm_*/*epoch.pth sfm_*/*/*.zip sfm_stats/*/* targets_*/* probe/hidden/*"
+    patterns = "sfm_*/*epoch.pth sfm_*/*/*.zip sfm_stats/*/* targets_*/* hidden_states/*/*.pt"
     kept = [path for p in patterns.split() for path in (recipe / "exp").glob(p)]
     kept = [path for path in kept if path.is_file()]
     before = {path: path.stat().st_mtime_ns for path in kept}

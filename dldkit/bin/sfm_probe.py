@@ -34,7 +34,8 @@ def get_parser() -> argparse.ArgumentParser:
         ("strings", "digit strings: wav.scp, text"),
     ):
         add(f"--{name}", nargs=2, required=True, metavar=("TRAIN", "TEST"), help=what)
-    add("--output_dir", required=True, help="for RESULTS.md, probe.json and the cache")
+    add("--output_dir", required=True, help="for RESULTS.md and probe.json")
+    add("--cache_dir", help="for hidden states; default: OUTPUT_DIR/hidden")
     add(
         "--seeds",
         type=seed_list,

@@ -21,7 +21,7 @@ from dldkit.errors import UserError
 from dldkit.report.scoring import score_texts
 from dldkit.report.tables import markdown, spread
 from dldkit.sfm.teacher import open_teacher, teacher_info
-from dldkit.step import digest
+from dldkit.step import Step
 
 PathLike = Union[str, Path]
 Pair = tuple[PathLike, PathLike]
@@ -58,11 +58,13 @@ def run_probes(
     seeds: Sequence[int] = (0,),
     device: str = "cpu",
     command: Optional[str] = None,
+    cache_dir: Optional[PathLike] = None,
 ) -> str:
     """Probe models and write `probe.json` and `RESULTS.md`; return the table.
 
-    Hidden states are computed once and kept in `output_dir`/hidden until the model or
-    the data change. The probes themselves are trained on the CPU: they are repeatable.
+    Hidden states are computed once and kept in `cache_dir` (None = `output_dir`/hidden)
+    until the model or the data change. The probes themselves are trained on the CPU:
+    they are repeatable.
 
     Args:
         upstreams: name in the table -> an exported student, or any teacher.
@@ -87,7 +89,7 @@ def run_probes(
     texts = _labels(strings, "text")
     results: dict[str, Any] = {}
     for name, path in upstreams.items():
-        cache = output_dir / "hidden" / f"{name}.pt"
+        cache = Path(cache_dir or output_dir / "hidden") / name
         states = _cached_states(path, digits, strings, cache, device)
         single, string = states[:2], states[2:]
         scores = results[name] = {"path": str(path), **{task: [] for task in _TASKS}}
@@ -217,34 +219,31 @@ def _cached_states(path, digits: Pair, strings: Pair, cache: Path, device: str):
 
     Those of single digits are means over time.
     """
-    request = [[str(path), *_digests(path)]]
-    request += [[str(d), *_digests(Path(d) / "wav.scp")] for d in (*digits, *strings)]
-    if cache.is_file():
-        kept = torch.load(cache, weights_only=True)
-        if kept["request"] == request:
-            return kept["states"]
-    layers = range(teacher_info(path).num_layers + 1)
-    upstream = open_teacher(path, layers, device)
-    states = []
-    for directory in (*digits, *strings):
-        logging.info(f"hidden states of {path} for {directory}")
-        outputs = _hidden_states(upstream, directory, device)
-        if directory in digits:
-            states.append([output.mean(0) for output in outputs])
-        else:
-            states.append([output.half() for output in outputs])
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_name(cache.name + ".partial")
-    torch.save({"request": request, "states": states}, partial)
-    partial.replace(cache)
-    return states
+    files = {f"upstream {file.name}": file for file in _files(path)}
+    for i, directory in enumerate((*digits, *strings)):
+        files[f"{i} wav.scp"] = Path(directory) / "wav.scp"
+    with Step(cache, files, upstream=str(path)) as step:
+        if step.done:
+            return torch.load(cache / "states.pt", weights_only=True)
+        layers = range(teacher_info(path).num_layers + 1)
+        upstream = open_teacher(path, layers, device)
+        states = []
+        for directory in (*digits, *strings):
+            logging.info(f"hidden states of {path} for {directory}")
+            outputs = _hidden_states(upstream, directory, device)
+            if directory in digits:
+                states.append([output.mean(0) for output in outputs])
+            else:
+                states.append([output.half() for output in outputs])
+        torch.save(states, cache / "states.pt")
+        return states
 
 
-def _digests(path: PathLike) -> list[str]:
-    """Name and content of the files of a model (none for one of the hub)."""
+def _files(path: PathLike) -> list[Path]:
+    """Return the files of a model; none for one of the hub."""
     path = Path(path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [f"{file.name} {digest(file)}" for file in files if file.is_file()]
+    return [file for file in files if file.is_file() and file.name[0] != "."]
 
 
 def _hidden_states(upstream, directory: PathLike, device: str):

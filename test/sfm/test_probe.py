@@ -152,7 +152,7 @@ def test_a_probe_is_repeatable_and_leaves_random_numbers_alone():
 def test_the_hidden_states_are_those_of_the_model(probe, tmp_path):
     path = untrained(tmp_path / "hf", do_stable_layer_norm=True)  # not normalised
     probe("--upstream", f"a={path}")
-    kept = torch.load(tmp_path / "probe" / "hidden" / "a.pt")["states"]
+    kept = torch.load(tmp_path / "probe" / "hidden" / "a" / "states.pt")
     assert [len(part) for part in kept] == [72, 6, 18, 18]
     model = AutoModel.from_pretrained(path)
     for part, name, utt in ((0, "digits_train", 0), (3, "strings_test", 17)):
@@ -195,13 +195,13 @@ def test_a_row_per_model_and_the_spread_of_the_probes(probe, tmp_path, capsys):
 def test_hidden_states_are_kept_until_model_or_data_change(probe, data, tmp_path):
     path, options = untrained(tmp_path / "hf"), ["--upstream", f"a={tmp_path / 'hf'}"]
     probe(*options)
-    cache = tmp_path / "probe" / "hidden" / "a.pt"
+    cache = tmp_path / "probe" / "hidden" / "a" / "states.pt"
 
     def kept():
-        return torch.load(cache)["states"][1][0]
+        return torch.load(cache)[1][0]
 
     first, stored = kept(), torch.load(cache)
-    stored["states"][1][0] = first + 1
+    stored[1][0] = first + 1
     torch.save(stored, cache)
     probe(*options)
     assert torch.equal(kept(), first + 1)  # from the cache
@@ -267,7 +267,7 @@ def test_refuses_data_that_do_not_fit(probe, data, tmp_path, capsys, what, messa
         (["--upstream", "full"], "--upstream full: write NAME=PATH"),
         (["--upstream", "a/b=c"], "--upstream a/b=c: write NAME=PATH"),
         (["--upstream", "a=b", "--upstream", "a=c"], "the name a stands there twice"),
-        (["--upstream", "a=b", "--seeds", "x"], '--seeds "x": write numbers'),
+        (["--upstream", "a=b", "--seeds", "x"], "argument --seeds: 'x': write numbers"),
         (["--upstream", "a=."], "no teacher in ."),
     ],
 )

@@ -177,14 +177,13 @@ write_scores() { # ${sfm_exp}/RESULTS.md: a row for the teacher and for each exp
         upstreams+=("${sfm_tag}${dir#"${sfm_exp}/hf"}=${dir}")
     done
     mapfile -t options < <(words "${probe_args}")
-    # The hidden states of the teacher are kept there for all experiments.
+    # Those of the teacher serve all experiments.
     OMP_NUM_THREADS=${num_threads} \
         "${python}" -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
         --digits "${digits[@]/#/${data_feats}/}" \
         --strings "${strings[@]/#/${data_feats}/}" \
-        --output_dir "${expdir}/probe" --device "${device}" "${options[@]}" \
-        >"${sfm_exp}/probe.log"
-    cp "${expdir}/probe"/{probe.json,RESULTS.md} "${sfm_exp}"
+        --output_dir "${sfm_exp}" --cache_dir "${expdir}/hidden_states" \
+        --device "${device}" "${options[@]}" >"${sfm_exp}/probe.log"
     cat "${sfm_exp}/RESULTS.md"
 }
 
