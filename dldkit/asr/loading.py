@@ -1,7 +1,10 @@
 """Trained ASR models, loaded with a check that their weights really arrived."""
 
 import argparse
+import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Mapping, Union
 
@@ -115,12 +118,26 @@ def check_weights(
         )
 
 
+@contextmanager
+def without_espnets_news() -> Iterator[None]:
+    """Build a model without what ESPnet logs each time: that it has no decoder."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _build(config, checkpoint, device) -> tuple[ESPnetASRModel, argparse.Namespace]:
     from dldkit.tasks.asr import DLDASRTask
 
     states = read_checkpoint(checkpoint)
     try:
-        model, train_args = DLDASRTask.build_model_from_file(config, checkpoint, device)
+        with without_espnets_news():
+            model, train_args = DLDASRTask.build_model_from_file(
+                config, checkpoint, device
+            )
     except RuntimeError as error:
         raise UserError(f"{checkpoint} does not fit {config}: {error}") from error
     check_weights(model, states, checkpoint)

@@ -120,17 +120,19 @@ def load_recognisers(
                 raise UserError(f"system {system}: {Path(exp) / name} does not exist")
 
     from dldkit.asr.inference import Speech2Text
+    from dldkit.asr.loading import without_espnets_news
 
-    return {
-        system: Speech2Text(
-            asr_train_config=str(Path(exp) / "config.yaml"),
-            asr_model_file=str(Path(exp) / inference_asr_model),
-            selector=selector,
-            depth_profile=depth_profile,
-            beam_size=1,
-        )
-        for system, exp in systems.items()
-    }
+    with without_espnets_news():
+        return {
+            system: Speech2Text(
+                asr_train_config=str(Path(exp) / "config.yaml"),
+                asr_model_file=str(Path(exp) / inference_asr_model),
+                selector=selector,
+                depth_profile=depth_profile,
+                beam_size=1,
+            )
+            for system, exp in systems.items()
+        }
 
 
 def measure_costs(

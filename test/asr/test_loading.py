@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 import yaml
@@ -122,3 +124,10 @@ def test_refuses_weights_of_another_size(static, tmp_path):
         UserError, match="(?s)does not fit .*config.yaml.*size mismatch"
     ):
         load_asr_model(tmp_path)
+
+
+def test_says_nothing_that_is_no_news(static, caplog):
+    with caplog.at_level("INFO"):
+        load_asr_model(static)
+        logging.info("afterwards")
+    assert [record.message for record in caplog.records] == ["afterwards"]
