@@ -64,6 +64,7 @@ BAD = [
     (DECODE + " --data_dirs {dev} --depths 5", "depth 5 is impossible"),
     (DECODE + " --data_dirs {bad} --depths 4", "has neither wav.scp nor feats.scp"),
     (DECODE + " --data_dirs {dev} --depths 4 --nj 0", "write an integer above 0"),
+    (DECODE + " --data_dirs {bad}/lost --depths 4,2 --nj 2", "stopped: .*gone.wav"),
     (DECODE + " --data_dirs {dev} --depths 4 --inference_args=--beam", "--beam"),
     (
         DECODE + " --data_dirs {dev} --depths 4 --parallel_config {bad}/cluster.yaml",
@@ -167,6 +168,8 @@ def places(corpus, static, student, tmp_path_factory):
         if (student / name).is_file():
             shutil.copy(student / name, bad)
     (bad / "fewer.yaml").write_text(yaml.safe_dump(config))
+    (bad / "lost").mkdir()
+    shutil.copy(bad / "later.scp", bad / "lost" / "wav.scp")
     good = dict(wav="u {wav}\n", text="u one\n", spk="u s\n")
     wav = bad / "u.wav"
     soundfile.write(wav, corpus.speech("a"), 8000)

@@ -51,7 +51,8 @@ class TrainerChoice:
             super().main(args)  # which says what is missing
             return
         cls.check_data(args)
-        teachers = {} if args.collect_stats else cls.teacher_files(args)
+        learns = not (args.collect_stats or args.dry_run)
+        teachers = cls.teacher_files(args) if learns else {}
         with experiment(args, teachers) as is_to_be_done:
             if is_to_be_done:
                 try:
