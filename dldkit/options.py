@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,3 +63,28 @@ def named_paths(option: str, texts: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"{option}: the name {name} stands there twice")
         paths[name] = Path(path)
     return paths
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose --help shows every default."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Add how many jobs do the work, and where; see `dldkit.parallel`."""
+    parser.add_argument("--nj", type=positive, default=1, help="number of jobs")
+    parser.add_argument(
+        "--parallel_config", help="YAML of a cluster, instead of --nj local processes"
+    )
+
+
+def parse(
+    parser: argparse.ArgumentParser, cmd: Sequence[str] | None, level: str = "INFO"
+) -> argparse.Namespace:
+    """Read a command line, and begin to log with time stamps."""
+    args = parser.parse_args(cmd)
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s: %(message)s")
+    return args

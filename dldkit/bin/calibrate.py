@@ -2,18 +2,15 @@
 """Write the depth profile of a trained model from training speech."""
 
 import argparse
-import logging
 
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import report_user_errors
-from dldkit.options import depth_list, positive
+from dldkit.options import command_parser, depth_list, parse, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--asr_model_file", required=True, help="checkpoint, beside its config.yaml")
     add("--data_dir", required=True, help="training speech: dump/raw/train")
@@ -35,8 +32,7 @@ def main(cmd=None) -> None:
     """Run the command."""
     from dldkit.asr.calibration import write_depth_profile
 
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")
+    args = parse(get_parser(), cmd)
     write_depth_profile(**vars(args))
 
 

@@ -2,19 +2,16 @@
 """Decode test sets at several depths, in parallel."""
 
 import argparse
-import logging
 import shlex
 from pathlib import Path
 
 from dldkit.errors import report_user_errors
-from dldkit.options import depth_list, positive
+from dldkit.options import add_job_options, command_parser, depth_list, parse
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--asr_exp", required=True, help="experiment directory")
     add("--inference_asr_model", required=True, help="checkpoint in it")
@@ -27,8 +24,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--inference_tag", required=True, help="results go to EXP/TAG/depthN/SET")
     add("--inference_args", default="", help="options of dldkit.bin.asr_inference")
-    add("--nj", type=positive, default=1, help="number of jobs")
-    add("--parallel_config", help="YAML of a cluster, see dldkit.parallel")
+    add_job_options(parser)
     return parser
 
 
@@ -37,8 +33,7 @@ def main(cmd=None) -> None:
     """Run the command."""
     from dldkit.asr.decode import decode_depths
 
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")
+    args = parse(get_parser(), cmd)
     decode_depths(
         Path(args.asr_exp) / args.inference_asr_model,
         args.data_dirs,

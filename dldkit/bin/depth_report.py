@@ -2,7 +2,6 @@
 """Report WER, CER, parameters, MACs and RTF of each system at each encoder depth."""
 
 import argparse
-import logging
 import shlex
 import sys
 from pathlib import Path
@@ -12,16 +11,14 @@ from espnet2.utils.types import str_or_none
 
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError, report_user_errors
-from dldkit.options import depth_list, named_paths, positive
+from dldkit.options import command_parser, depth_list, named_paths, parse, positive
 from dldkit.report.report import make_report
 from dldkit.step import Step
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add(
         "--system",
@@ -60,11 +57,8 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Run the command."""
-    args = vars(get_parser().parse_args(cmd))
     # Not INFO: a line for every utterance would be timed with it.
-    logging.basicConfig(
-        level="WARNING", format="%(asctime)s %(levelname)s: %(message)s"
-    )
+    args = vars(parse(get_parser(), cmd, "WARNING"))
     if not args["test_sets"].split():
         raise UserError('--test_sets "": name at least one test set')
     for name in ("rtf_utts", "rtf_repeats"):
@@ -73,13 +67,20 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if cmd is None else cmd
     systems = named_paths("--system", args.pop("system"))
     output_dir = Path(args["output_dir"])
-    texts = {
-        f"{name}/{text.relative_to(exp)}": text
+    files = {
+        f"{name} {file.relative_to(exp)}": file
         for name, exp in systems.items()
-        for text in sorted(exp.glob(f"{args['inference_tag']}/*/*/text"))
+        for pattern in (
+            f"{args['inference_tag']}/*/*/text",
+            args["inference_asr_model"],
+        )
+        for file in sorted(exp.glob(pattern))
     }
+    for test_set in args["test_sets"].split():
+        for file in Path(args["data_root"], test_set).glob("*text"):
+            files[f"{test_set} {file.name}"] = file
     record = output_dir / ".depth_report"
-    with Step(record, texts, keep=True, argv=list(argv)) as step:
+    with Step(record, files, keep=True, argv=list(argv)) as step:
         if step.done and (output_dir / "RESULTS.md").is_file():
             return
         args.update(

@@ -2,18 +2,15 @@
 """Keep a formatted directory's utterances of suitable length (stage 4)."""
 
 import argparse
-import logging
 
 from dldkit.data.length import filter_data
 from dldkit.errors import report_user_errors
-from dldkit.options import sampling_rate
+from dldkit.options import command_parser, parse, sampling_rate
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("src", help="data directory to read")
     parser.add_argument("dst", help="data directory to write")
     parser.add_argument(
@@ -37,10 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd=None) -> None:
     """Write the filtered directory."""
-    logging.basicConfig(
-        level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
-    )
-    args = get_parser().parse_args(cmd)
+    args = parse(get_parser(), cmd)
     filter_data(
         args.src,
         args.dst,

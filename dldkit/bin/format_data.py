@@ -2,18 +2,21 @@
 """Bring a data directory's audio or features into one format (stage 3)."""
 
 import argparse
-import logging
 
 from dldkit.data.format import Format, format_data
 from dldkit.errors import report_user_errors
-from dldkit.options import positive, sampling_rate
+from dldkit.options import (
+    add_job_options,
+    command_parser,
+    parse,
+    positive,
+    sampling_rate,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("src", help="data directory to read")
     parser.add_argument("dst", help="data directory to write")
     parser.add_argument(
@@ -34,10 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--channel", type=int, help="to read, from 0; default: all of them, mixed"
     )
-    parser.add_argument("--nj", type=positive, default=1, help="number of processes")
-    parser.add_argument(
-        "--parallel_config", help="YAML file that names a cluster, instead of --nj"
-    )
+    add_job_options(parser)
     parser.add_argument(
         "--no_text", action="store_true", help="take data without transcripts"
     )
@@ -47,10 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd=None) -> None:
     """Write the formatted directory."""
-    logging.basicConfig(
-        level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
-    )
-    args = get_parser().parse_args(cmd)
+    args = parse(get_parser(), cmd)
     form = Format(
         args.feats_type, args.fs, args.audio_format, args.n_mels, args.channel
     )

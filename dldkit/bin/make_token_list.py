@@ -2,18 +2,15 @@
 """Make the token list, and the BPE model it needs (stage 5)."""
 
 import argparse
-import logging
 
 from dldkit.data.tokens import make_token_list
 from dldkit.errors import report_user_errors
-from dldkit.options import positive
+from dldkit.options import command_parser, parse, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--token_type", choices=("char", "bpe", "word"), default="bpe")
     parser.add_argument("--text", required=True, help="table: utterance, transcript")
     parser.add_argument("--output", required=True, help="token list to write")
@@ -32,10 +29,7 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd=None) -> None:
     """Write the token list."""
-    logging.basicConfig(
-        level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
-    )
-    args = get_parser().parse_args(cmd)
+    args = parse(get_parser(), cmd)
     make_token_list(**vars(args))
 
 

@@ -11,14 +11,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dldkit.errors import UserError, report_user_errors
+from dldkit.options import command_parser
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__} Writes YAML to standard output.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = command_parser(f"{__doc__} Writes YAML to standard output.")
     parser.add_argument(
         "configs", nargs="+", help="YAML files and key=value, as model_conf.x=3"
     )

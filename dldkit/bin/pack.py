@@ -2,10 +2,10 @@
 """Pack a trained model into a zip, and load it from there as a stranger would."""
 
 import argparse
-import logging
 from collections.abc import Sequence
 
 from dldkit.errors import report_user_errors
+from dldkit.options import parse
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -28,8 +28,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """Run the command."""
     from dldkit.pack import pack_asr, pack_ssl
 
-    args = vars(get_parser().parse_args(cmd))
-    logging.basicConfig(level="WARNING", format="%(levelname)s: %(message)s")
+    args = vars(parse(get_parser(), cmd, "WARNING"))
     pack = {"asr": pack_asr, "ssl": pack_ssl}[args.pop("kind")]
     pack(**args)
 

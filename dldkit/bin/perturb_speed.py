@@ -2,17 +2,15 @@
 """Add copies of a data directory's utterances at other speeds (stage 2)."""
 
 import argparse
-import logging
 
 from dldkit.data.speed import perturb_speed
 from dldkit.errors import report_user_errors
+from dldkit.options import command_parser, parse
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("src", help="data directory to read")
     parser.add_argument("dst", help="data directory to write")
     parser.add_argument(
@@ -24,10 +22,7 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd=None) -> None:
     """Write the perturbed directory."""
-    logging.basicConfig(
-        level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
-    )
-    args = get_parser().parse_args(cmd)
+    args = parse(get_parser(), cmd)
     perturb_speed(args.src, args.dst, args.factors.split())
 
 

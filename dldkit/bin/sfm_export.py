@@ -10,14 +10,12 @@ import logging
 
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import report_user_errors
-from dldkit.options import layer_list, positive
+from dldkit.options import command_parser, layer_list, parse, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--model_file", required=True, help="exp/sfm_x/valid.loss.ave.pth")
     add("--config", help="of the training; config.yaml beside the model by default")
@@ -36,8 +34,7 @@ def main(cmd=None) -> None:
     """Run the command."""
     from dldkit.sfm.export import export
 
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")
+    args = parse(get_parser(), cmd)
     layers = export(**vars(args))
     logging.info(f"exported layers {list(layers)} to {args.output_dir}")
 

@@ -5,20 +5,17 @@ It is a probe suite, not SUPERB; see egs2/TEMPLATE/ssl1/superb.sh for that.
 """
 
 import argparse
-import logging
 import shlex
 import sys
 from typing import Optional, Sequence
 
 from dldkit.errors import report_user_errors
-from dldkit.options import named_paths, seed_list
+from dldkit.options import command_parser, named_paths, parse, seed_list
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add(
         "--upstream",
@@ -49,8 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Run the command."""
-    args = vars(get_parser().parse_args(cmd))
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s: %(message)s")
+    args = vars(parse(get_parser(), cmd))
     argv = sys.argv[1:] if cmd is None else cmd
     args.update(
         upstreams=named_paths("--upstream", args.pop("upstream")),

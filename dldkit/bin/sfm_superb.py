@@ -2,20 +2,19 @@
 """Run tasks of SUPERB on an exported student with s3prl; print the table row."""
 
 import argparse
-import logging
 import os
 import shlex
 from typing import Optional, Sequence
 
 from dldkit.errors import report_user_errors
+from dldkit.options import command_parser, parse
 from dldkit.sfm.superb import CORPORA, TASKS, collect, run
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__} Finished tasks are kept, interrupted ones go on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command_parser(
+        f"{__doc__} Finished tasks are kept, interrupted ones go on."
     )
     add = parser.add_argument
     runnable = " ".join(name for name, task in TASKS.items() if task.problem)
@@ -60,10 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Run the command."""
-    args = get_parser().parse_args(cmd)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s (%(module)s) %(levelname)s: %(message)s"
-    )
+    args = parse(get_parser(), cmd)
     run(
         args.tasks.split(),
         args.upstream_dir,

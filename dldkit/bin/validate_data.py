@@ -6,13 +6,12 @@ import logging
 
 from dldkit.data.datadir import utterances
 from dldkit.errors import report_user_errors
+from dldkit.options import command_parser, parse
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("directories", nargs="+", help="data directories")
     parser.add_argument(
         "--no_text", action="store_true", help="take data without transcripts"
@@ -23,10 +22,7 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd=None) -> None:
     """Check each directory; the first bad one ends with an error."""
-    logging.basicConfig(
-        level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
-    )
-    args = get_parser().parse_args(cmd)
+    args = parse(get_parser(), cmd)
     for directory in args.directories:
         count = len(utterances(directory, text=not args.no_text))
         logging.info(f"{directory}: {count} utterances")
