@@ -41,7 +41,7 @@ def sampling_rate(text: str) -> int:
         rate = 0
     if rate < 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: write a sampling rate in Hz, as 16000 or 16k"
+            f"{text}: write a sampling rate in Hz, as 16000 or 16k"
         )
     return rate
 
