@@ -26,6 +26,7 @@ import soundfile
 
 from dldkit.data.datadir import write_data_dir
 from dldkit.errors import UserError, report_user_errors
+from dldkit.step import Step
 
 FS = 8000
 WORDS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
@@ -207,13 +208,15 @@ class Espeak:
 
 def synthesise(directory: Path) -> Path:
     """Write recordings named as FSDD names them; finished ones are kept."""
-    done = directory / ".done"
-    if done.is_file():
-        return directory
+    with Step(directory, {}, speakers=ESPEAK_SPEAKERS, takes=list(TAKES)) as step:
+        if not step.done:
+            _speak(directory)
+    return directory
+
+
+def _speak(directory: Path) -> None:
     from lhotse.augmentation import Resample  # slow to import: only where needed
 
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
     espeak = Espeak()
     resample = Resample(espeak.fs, FS)
     rng = np.random.default_rng(0)
@@ -229,8 +232,6 @@ def synthesise(directory: Path) -> Path:
                 signal = resample(signal[None, loud[0] : loud[-1] + 1], FS)[0]
                 path = directory / f"{digit}_{speaker}_{take}.wav"
                 soundfile.write(path, np.clip(signal, -1, 1), FS, subtype="PCM_16")
-    done.touch()
-    return directory
 
 
 # --- connected digits -----------------------------------------------------------------
