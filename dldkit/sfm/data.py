@@ -10,7 +10,7 @@ from espnet2.train.collate_fn import common_collate_fn
 from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
 
-FRAME = 320  # samples between frames: crops begin at a frame of the cached targets
+FRAME = 320  # samples: a frame of HuBERT, WavLM, wav2vec2 and Whisper; crops keep to it
 SHORTEST = 2 * FRAME
 TARGETS = "targets"  # the name of the data, and of their table
 

@@ -23,9 +23,8 @@ from dldkit.data.frames import (
     refuse_missing_gpu,
 )
 from dldkit.errors import UserError
-from dldkit.sfm.data import SHORTEST, TARGETS
+from dldkit.sfm.data import FRAME, SHORTEST, TARGETS
 from dldkit.sfm.teacher import (
-    FRAME_SHIFT,
     TARGETS_DESCRIPTION,
     CachedTeacher,
     Teacher,
@@ -108,7 +107,7 @@ def _refuse_small_disk(
     for part in parts:
         table, known = tables[part.source], lengths[part.source]
         samples += sum(known.get(u) or _samples_of(u, table[u]) for u in part.utts)
-    size = samples // FRAME_SHIFT * layers * info.hidden_size * 2  # bytes
+    size = samples // FRAME * layers * info.hidden_size * 2  # bytes
     free = shutil.disk_usage(output).free
     needed = humanfriendly.format_size(size, binary=True)
     message = (
@@ -181,10 +180,10 @@ def _read(utt: str, wav: str, rate: int) -> torch.Tensor:
 
 
 def _refuse_unfit(utt: str, targets: np.ndarray, samples: int) -> None:
-    if abs(len(targets) - samples // FRAME_SHIFT) > 1:
+    if abs(len(targets) - samples // FRAME) > 1:
         raise UserError(
             f"the teacher gives {len(targets)} frames for the {samples} samples of "
-            f"utterance {utt}: only frames of {FRAME_SHIFT} samples can be cached"
+            f"utterance {utt}: only frames of {FRAME} samples can be cached"
         )
     if not np.isfinite(targets).all():
         raise UserError(

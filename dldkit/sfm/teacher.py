@@ -21,7 +21,7 @@ from dldkit.asr.loading import check_weights, find_checkpoint, read_checkpoint
 from dldkit.data.frames import collected_from
 from dldkit.errors import UserError
 from dldkit.random_state import untouched_random_numbers
-from dldkit.sfm.data import TARGETS
+from dldkit.sfm.data import FRAME, TARGETS
 from dldkit.sfm.wave import (
     cnn_features,
     frame_lengths,
@@ -31,7 +31,6 @@ from dldkit.sfm.wave import (
 )
 
 TARGETS_DESCRIPTION = "teacher.yaml"
-FRAME_SHIFT = 320  # samples: one frame of HuBERT, WavLM, wav2vec2, and Whisper
 WAVE_MODELS = ("hubert", "wavlm", "wav2vec2", "unispeech-sat", "data2vec-audio")
 
 PathLike = Union[str, Path]
@@ -283,13 +282,13 @@ class WhisperTeacher(LiveTeacher):
 
     def forward(self, speech, speech_lengths, utt_ids, features):
         """Return the hidden states of all layers, and the valid frames."""
-        lengths = speech_lengths // FRAME_SHIFT
+        lengths = speech_lengths // FRAME
         limit = self.extract.n_samples
         for place, samples in enumerate(speech_lengths.tolist()):
             if samples > limit:
                 why = f"more than {limit} are too many, lower max_seconds or filter it,"
                 self.refuse(utt_ids, place, samples, why)
-            if samples < FRAME_SHIFT:
+            if samples < FRAME:
                 self.refuse(utt_ids, place, samples, "too few, filter it away,")
         waveforms = [s[:n].cpu().numpy() for s, n in zip(speech, speech_lengths)]
         rate = self.info.sampling_rate

@@ -17,6 +17,7 @@ from espnet2.train.distributed_utils import (
 
 from dldkit.asr.speech import refuse_missing_speech
 from dldkit.config_files import BARE_NAMES, copy_files, named_files
+from dldkit.data.frames import DATA_TYPE
 from dldkit.errors import UserError
 from dldkit.step import Step
 
@@ -119,7 +120,8 @@ def _files(args: argparse.Namespace) -> dict[str, str]:
     files = {}
     for part in ("train", "valid"):
         for path, name, kind in getattr(args, f"{part}_{FILES[0]}"):
-            files[f"{part} {name} ({kind})"] = path
+            if kind != DATA_TYPE:  # paths of arks; who made them is a teacher's file
+                files[f"{part} {name} ({kind})"] = path
         if not args.collect_stats:
             shapes = enumerate(getattr(args, f"{part}_{FILES[1]}"), 1)
             files.update((f"{part} shapes {i}", path) for i, path in shapes)

@@ -164,11 +164,16 @@ class TestCachedPosteriors:
         assert str(os.getpid()) not in pids
         assert sorted(utts) == list("abcdefghixyz")
 
-    def test_of_the_likeliest_tokens(self, cache, dld_training, tmp_path):
+    def test_of_the_likeliest_tokens(
+        self, corpus, static, cache, dld_training, tmp_path
+    ):
         conf = dict(reference=str(cache(3)))
         main(dld_training(tmp_path / "exp", model_conf=conf, max_epoch=1))
         assert self.first_epoch(tmp_path / "exp")["valid"]["loss_kd"] > 0
-        main(dld_training(tmp_path / "exp", model_conf=conf, max_epoch=2))  # goes on
+        # it goes on with those that were collected again, elsewhere
+        collect_posteriors(static, [corpus.train, corpus.dev], tmp_path / "new", 3)
+        conf = dict(reference=str(tmp_path / "new"))
+        main(dld_training(tmp_path / "exp", model_conf=conf, max_epoch=2))
         assert (tmp_path / "exp" / "2epoch.pth").is_file()
 
     def test_by_espnets_own_command(self, corpus, cache, dld_training, tmp_path):
