@@ -41,6 +41,11 @@ def read_table(path: PathLike, allow_empty: bool = False) -> Table:
     return table
 
 
+def splits_of(table: PathLike) -> list[Path]:
+    """Return the parts of a table that espnet2.bin.split_scps cut, or the table."""
+    return sorted(Path(table).glob("split.*")) or [Path(table)]
+
+
 def write_table(path: PathLike, table: dict[str, object]) -> None:
     """Write `key value` lines sorted by key (C locale), in one step.
 

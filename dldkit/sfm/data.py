@@ -7,7 +7,7 @@ import soundfile
 import torch
 from espnet2.train.collate_fn import common_collate_fn
 
-from dldkit.data.datadir import read_table
+from dldkit.data.datadir import read_table, splits_of
 from dldkit.errors import UserError
 
 FRAME = 320  # samples: a frame of HuBERT, WavLM, wav2vec2 and Whisper; crops keep to it
@@ -108,7 +108,7 @@ def refuse_other_rates(
     for path, name, _ in data:
         if name != "speech":
             continue
-        table = read_table(path)
+        table = read_table(splits_of(path)[0])
         if not table:
             raise UserError(f"{path} lists no utterance")
         utt, file = next(iter(table.items()))

@@ -17,6 +17,7 @@ from espnet2.train.distributed_utils import (
 
 from dldkit.asr.speech import refuse_missing_speech
 from dldkit.config_files import BARE_NAMES, copy_files, named_files
+from dldkit.data.datadir import splits_of
 from dldkit.data.frames import DATA_TYPE
 from dldkit.errors import UserError
 from dldkit.step import Step
@@ -58,7 +59,7 @@ def experiment(
         )
     for part in ("train", "valid"):
         for path, _, kind in getattr(args, f"{part}_{FILES[0]}"):
-            refuse_missing_speech(path, kind)
+            refuse_missing_speech(splits_of(path)[0], kind)
     if args.dry_run or not _is_first(args):
         yield True
         return
@@ -116,15 +117,26 @@ def _options(args: argparse.Namespace) -> dict[str, object]:
     return options
 
 
+def _with_splits(tables: Mapping[str, str]) -> dict[str, str]:
+    """Return tables by name; for multiple_iterator, one is a directory of its parts."""
+    return {
+        name if part == Path(path) else f"{name} {part.name}": str(part)
+        for name, path in tables.items()
+        for part in splits_of(path)
+    }
+
+
 def _files(args: argparse.Namespace) -> dict[str, str]:
     files = {}
     for part in ("train", "valid"):
         for path, name, kind in getattr(args, f"{part}_{FILES[0]}"):
             if kind != DATA_TYPE:  # paths of arks; who made them is a teacher's file
-                files[f"{part} {name} ({kind})"] = path
+                named = {f"{part} {name} ({kind})": path}
+                files.update(_with_splits(named))
         if not args.collect_stats:
             shapes = enumerate(getattr(args, f"{part}_{FILES[1]}"), 1)
-            files.update((f"{part} shapes {i}", path) for i, path in shapes)
+            named = {f"{part} shapes {i}": path for i, path in shapes}
+            files.update(_with_splits(named))
     for key, path in named_files(vars(args)).items():
         if args.collect_stats and key == "normalize_conf.stats_file":
             continue

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from espnet2.bin import split_scps
 
+from dldkit.asr.collection import collect_posteriors
 from dldkit.asr.inference import Speech2Text
 from dldkit.bin.asr_train import main
 from dldkit.errors import UserError
@@ -122,6 +124,32 @@ class TestAgain:
         (directory / ".done").write_text("0123456789abcdef\n")
         main(training(max_epoch=4))
         assert epochs_of(directory) == 4
+
+
+def test_data_in_splits(corpus, static, tmp_path, monkeypatch, capsys):
+    """As ESPnet's --num_splits_asr gives them to training."""
+    command = corpus.training(
+        tmp_path / "exp", max_epoch=1, encoder="ld_conformer", model="dld"
+    )
+    config = yaml.safe_load(open(command[1]))
+    entries = config["train_data_path_and_name_and_type"]
+    tables = [entry[0] for entry in entries] + config["train_shape_file"]
+    arguments = ["--scps", *tables, "--num_splits", "2"]
+    split_scps.main([*arguments, "--output_dir", str(tmp_path / "splits")])
+    for entry in entries:
+        entry[0] = str(tmp_path / "splits" / os.path.basename(entry[0]))
+    config["train_shape_file"] = [f"{tmp_path}/splits/utt2num_samples"]
+    config["multiple_iterator"] = True
+    with open(command[1], "w") as file:
+        yaml.safe_dump(config, file)
+    main(command)
+    done = json.loads((tmp_path / "exp" / ".done").read_text())
+    assert {"train speech (sound) split.0", "train text (text) split.1"} <= set(
+        done["files"]
+    )
+    collect_posteriors(static, [corpus.train, corpus.dev], tmp_path / "cache")
+    command += ["--model_conf", f"reference={tmp_path}/cache"]
+    assert "can not be split for multiple_iterator" in error_of(command, capsys)
 
 
 def test_statistics_are_shared_and_collected_once(corpus, tmp_path, caplog):
