@@ -223,7 +223,7 @@ def test_is_refused_in_one_line(places, tmp_path, capsys, command, message):
     err = capsys.readouterr().err
     assert "Traceback" not in err
     last = err.splitlines()[-1]
-    assert re.search(rf"^[\w.]*:? ?error: .*{message}", last), last
+    assert re.search(rf"^[\w.-]*:? ?error: .*{message}", last), last
     after = {path: path.stat().st_mtime_ns for path in places["exp"].iterdir()}
     for path in after.keys() | before.keys():
         assert path.name == "t" or after[path] == before[path]

@@ -412,6 +412,19 @@ def test_systems_without_a_reference_and_references_that_exist(an4):
     assert config["model_conf"]["reference"] == f"{an4.exp}/mine"
 
 
+def test_cached_posteriors_are_data_of_the_student(an4):
+    words = ["--stage", 9, "--stop_stage", 11, "--kd_source", "cached", "--top_k", 5]
+    text = an4.run(*words, "--asr_tag", "third", "--asr_args", "--max_epoch 1")
+    assert "Stage 9: Posteriors of the reference" in text
+    config = yaml.safe_load((an4.exp / "asr_third" / "config.yaml").read_text())
+    cache = config["model_conf"]["reference"]
+    for part in ("train", "valid"):
+        entries = config[f"{part}_data_path_and_name_and_type"]
+        assert [f"{cache}/posteriors.scp", "posteriors", "numpy_ark"] in entries
+    again = an4.run(*words, "--asr_tag", "third", "--asr_args", "--max_epoch 1")
+    assert again.count("is finished already, kept") >= 2
+
+
 def test_run_sh_of_an_experiment_goes_on_with_its_training(an4):
     shell(an4.dld / "run.sh", "--max_epoch", "3", cwd="/")
     assert (an4.dld / "3epoch.pth").exists()
