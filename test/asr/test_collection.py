@@ -140,8 +140,9 @@ def test_a_killed_collection_continues(static, corpus, tmp_path, python):
     assert (cache / "0-0.ark").stat().st_mtime_ns == first
     stored = read(cache)
     assert len(stored) == 500
-    for i in range(3, 500):
-        assert np.array_equal(stored[f"{i:03}"], stored[f"{i % 3:03}"])
+    for i in range(3, 500):  # another size of batch rounds differently
+        same = stored[f"{i % 3:03}"]
+        assert np.allclose(stored[f"{i:03}"], same, rtol=2e-3, atol=1e-3)
 
 
 @pytest.fixture
