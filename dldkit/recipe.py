@@ -291,7 +291,7 @@ def _valid_depths(config: DictConfig, depths: str) -> str:
     """
     encoder = config.get("encoder_conf") or {}
     layers = encoder.get("num_blocks")
-    exits = encoder.get("interctc_layer_idx")
+    exits = encoder.get("exits") or encoder.get("interctc_layer_idx")
     dynamic = exits or encoder.get("depth_sampler", "bernoulli") != "full"
     if (
         config.get("model") != "dld"

@@ -219,6 +219,13 @@ def encoder_name(request) -> str:
 
 
 @pytest.fixture
+def encoder_sizes(encoder_name) -> dict[str, Any]:
+    """Options that turn those of the corpus' Conformer into those of the encoder."""
+    theirs = ENCODERS[encoder_name]
+    return {**dict.fromkeys(set(ENCODERS["conformer"]) - set(theirs)), **theirs}
+
+
+@pytest.fixture
 def make_encoder():
     """Return a function that builds an encoder by its name in a config."""
     from espnet2.tasks.asr import encoder_choices

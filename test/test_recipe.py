@@ -47,7 +47,7 @@ BAD_ASR = """
 --nj 0 | --nj 0: write an integer of at least 1
 --ngpu many | --ngpu many: write an integer of at least 0, or auto
 --seed x | --seed x: write an integer of at least 0, or nothing
---system nope | there is no nope.yaml .* choose one of dld, early
+--system nope | there is no nope.yaml .* choose one of anytime, dld
 --valid_set train_nodev | --train_set and --valid_set are both train_nodev
 --train_set "" | --train_set "": name a directory of data/
 --train_set data/train | --train_set "data/train": name a directory
@@ -229,6 +229,7 @@ def test_criteria_of_the_command_line_count(check):
         ("dld", "6 4 1", "[6,3,1]"),
         ("rd", "6 3", "[6,3]"),
         ("early_exit", "2", "[6,3,2]"),
+        ("anytime", "6 2", "[6,3,2]"),
         ("static", "6 3", ""),
     ],
 )
@@ -242,6 +243,9 @@ def test_validation_is_at_full_half_and_the_smallest_depth(
     "system, needed",
     [
         ("dld", "true"),
+        ("dld_paper", "true"),
+        ("nested", "true"),
+        ("anytime", "true"),
         ("rd", "false"),
         ("static", "false"),
         ("early_exit", "false"),

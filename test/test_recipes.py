@@ -64,6 +64,9 @@ def options(script):
 # ---------------------------------------------------------------- configs
 
 
+PULLED = ("dld_paper", "dld", "nested", "anytime")  # to a reference
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda path: path.stem)
 def test_every_config_builds_its_model(recipe, system, tmp_path, capsys, monkeypatch):
@@ -75,7 +78,7 @@ def test_every_config_builds_its_model(recipe, system, tmp_path, capsys, monkeyp
     if own.exists():
         parts.append(own)
     parts = [str(part) for part in parts]
-    if system.stem == "dld":
+    if system.stem in PULLED:
         parts.append("model_conf.reference=exp/asr_static")
     merge_config.main(parts)
     merged = capsys.readouterr().out
@@ -88,18 +91,20 @@ def test_every_config_builds_its_model(recipe, system, tmp_path, capsys, monkeyp
     )
 
     built = yaml.safe_load(Path("out/config.yaml").read_text())
-    dynamic = system.stem in ("rd", "dld")
+    encoder = built["encoder_conf"]
     assert built["encoder"].startswith("ld_")
-    assert (built["encoder_conf"]["depth_sampler"] != "full") == dynamic
+    dynamic = system.stem in (*PULLED, "rd")
+    assert (encoder["depth_sampler"] != "full") == dynamic
     ours = dynamic or system.stem == "early_exit"
     assert built["model"] == ("dld" if ours else "espnet")
     if ours:
         reference = built["model_conf"]["reference"]
-        assert reference == ("exp/asr_static" if system.stem == "dld" else None)
-    assert bool(built["encoder_conf"].get("interctc_layer_idx")) == (
-        system.stem == "early_exit"
-    )
-    assert bool(built["encoder_conf"].get("stochastic_depth_rate")) == (
+        assert reference == ("exp/asr_static" if system.stem in PULLED else None)
+    assert bool(encoder.get("exits")) == (system.stem in ("early_exit", "anytime"))
+    prefix = ("early_exit", "nested", "anytime")
+    choice = dict.fromkeys(prefix, "prefix") | dict(dld="even", rd="even")
+    assert encoder.get("layer_choice", "random") == choice.get(system.stem, "random")
+    assert bool(encoder.get("stochastic_depth_rate")) == (
         system.stem == "stochastic_depth"
     )
     assert built["unused_parameters"] is True and built["num_att_plot"] == 0

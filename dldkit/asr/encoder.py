@@ -1,5 +1,10 @@
 """ESPnet's encoders with layer dropping in training and run-time depth."""
 
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Union
+
+import torch
 from espnet2.asr.encoder.branchformer_encoder import BranchformerEncoder
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
@@ -7,6 +12,7 @@ from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 
 from dldkit.depth.layers import DynamicDepth, GatedLayers
 from dldkit.depth.sampler import build_sampler
+from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 from dldkit.signature import merged_signature
 
@@ -17,19 +23,30 @@ class LayerDropEncoder(DynamicDepth):
     Every option of the ESPnet encoder, plus:
 
     Args:
-        depth_sampler: which layers a training step runs: `bernoulli` | `uniform` |
-            `full` (see `dldkit.depth.sampler`).
+        depth_sampler: how many layers a training step runs: `bernoulli` | `uniform` |
+            `full`, or a weight for each depth (see `dldkit.depth.sampler`).
         keep_prob: probability of keeping a layer, for `bernoulli`.
         min_depth: fewest layers of a training step.
+        layer_choice: which layers a drawn depth means: `random` | `even` | `prefix`.
+            The last two are also what a depth means at inference; for `random` that
+            is `even`.
+        exits: depths whose output is trained as well, where a step passes them on its
+            way to a deeper one; a number n = after every n layers. They need
+            `layer_choice: prefix`.
         keep_final_norm: skipped layers still apply their final LayerNorm.
+
+    Raises:
+        UserError: for options out of range, or that can not work together.
     """
 
     def __init__(
         self,
         *args,
-        depth_sampler: str = "bernoulli",
+        depth_sampler: Union[str, Mapping[int, float]] = "bernoulli",
         keep_prob: float = 0.5,
         min_depth: int = 1,
+        layer_choice: str = "random",
+        exits: Union[int, Sequence[int]] = (),
         keep_final_norm: bool = False,
         **kwargs,
     ):
@@ -41,16 +58,78 @@ class LayerDropEncoder(DynamicDepth):
         super().__init__(*args, **kwargs)
         self.encoders = GatedLayers(
             *self.encoders,
-            sampler=build_sampler(depth_sampler, keep_prob, min_depth),
+            sampler=build_sampler(depth_sampler, keep_prob, min_depth, layer_choice),
             keep_final_norm=keep_final_norm,
         )
-        # exits after some layers, of which all always train: a depth means an exit
-        if depth_sampler == "full" and kwargs.get("interctc_layer_idx"):
-            self.selector = "prefix"
+        self.exits = depths_of_exits(exits, len(self.encoders))
+        if self.exits and layer_choice != "prefix":
+            raise UserError(
+                f"exits {exits} with layer_choice: {layer_choice}: what layer n gives "
+                "is the output of depth n just where a depth means the first layers; "
+                "set layer_choice: prefix"
+            )
+        if self.exits and kwargs.get("interctc_layer_idx"):
+            raise UserError(
+                "exits and interctc_layer_idx train the same outputs: keep one of them"
+            )
+        if layer_choice in SELECTORS:
+            self.selector = layer_choice
+        elif depth_sampler == "full" and kwargs.get("interctc_layer_idx"):
+            self.selector = "prefix"  # ESPnet's intermediate CTC is early exit as well
+
+    @contextmanager
+    def collected(self, depths: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """Collect what the first layers give by themselves, on the way to more.
+
+        Args:
+            depths: how many first layers. Those that a forward does not go beyond
+                are left out: they are its own output, or not reached.
+
+        Yields:
+            The outputs (Batch, Time, Dim) by depth, once the encoder ran.
+        """
+        outputs: dict[int, torch.Tensor] = {}
+        deepest = max(self.active_layers) + 1
+
+        def visit(slot: int, output):
+            if slot + 1 in depths and slot + 1 < deepest:
+                outputs[slot + 1] = self.output_of(output[0])
+            return output
+
+        with self.gates.visited(visit):
+            yield outputs
+
+    def output_of(
+        self, hidden: Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Return the encoder's output, if `hidden` is what its last layer gave."""
+        if isinstance(hidden, tuple):  # with the positional embedding
+            hidden = hidden[0]
+        # ESPnet's encoders have no after_norm where their layers end in a norm
+        return self.after_norm(hidden) if hasattr(self, "after_norm") else hidden
 
     def __init_subclass__(cls):
         super().__init_subclass__()
         cls.__signature__ = merged_signature(cls)
+
+
+def depths_of_exits(exits: Union[int, Sequence[int]], num_layers: int) -> list[int]:
+    """Return the depths of the exits below the last layer.
+
+    Raises:
+        UserError: for an exit that the encoder does not have.
+    """
+    if isinstance(exits, int):
+        if exits < 1:
+            raise UserError(f"exits: {exits}: write a number above 0, or depths")
+        return list(range(exits, num_layers, exits))
+    for depth in exits:
+        if not isinstance(depth, int) or not 1 <= depth < num_layers:
+            raise UserError(
+                f"exits {list(exits)}: {depth!r} is no depth below the {num_layers} "
+                "layers of the encoder"
+            )
+    return sorted(set(exits))
 
 
 class LDConformerEncoder(LayerDropEncoder, ConformerEncoder):

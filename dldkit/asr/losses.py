@@ -1,10 +1,39 @@
-"""The distillation loss between CTC posteriors."""
+"""What pulls a student's exits to its reference: divergences between posteriors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from dldkit.asr.posteriors import Posteriors
 from dldkit.errors import UserError
+
+BLANK = 0  # ESPnet's index of CTC's blank
+
+
+@dataclass
+class Pull:
+    """One term of the loss: some posteriors of the exits, pulled to the reference's.
+
+    Args:
+        posteriors: which ones, of those that student and reference have: `ctc`.
+        divergence: takes the student's (Exits, Batch, Time, Vocab) and the reference's
+            `Posteriors`, and returns (Exits,).
+        weight: of this term in the loss.
+    """
+
+    posteriors: str
+    divergence: torch.nn.Module
+    weight: float
+
+    def __call__(
+        self,
+        students: Mapping[str, torch.Tensor],
+        references: Mapping[str, Posteriors],
+    ) -> torch.Tensor:
+        """Return the divergence of each exit (Exits,)."""
+        return self.divergence(students[self.posteriors], references[self.posteriors])
 
 
 class CTCPosteriorKL(torch.nn.Module):
@@ -15,8 +44,11 @@ class CTCPosteriorKL(torch.nn.Module):
             square, which keeps the size of its gradient.
         direction: `forward` = KL(reference‖student) | `reverse` = KL(student‖reference)
             | `symmetric` = their mean.
-        reduction: `utterance` = sum over valid frames, mean over the batch, the scale
-            of ESPnet's CTC loss | `frame` = mean over valid frames.
+        reduction: `utterance` = sum over frames, mean over the batch, the scale of
+            ESPnet's CTC loss | `frame` = mean over frames.
+        blank: frames that the reference takes for blank, nearly all of them: `keep` |
+            `drop` = those where blank is the likeliest token | `scale` = each frame
+            counts by the probability that it is none.
 
     Raises:
         UserError: for an option out of its range.
@@ -27,27 +59,37 @@ class CTCPosteriorKL(torch.nn.Module):
         temperature: float = 1.0,
         direction: str = "forward",
         reduction: str = "utterance",
+        blank: str = "keep",
     ):
         super().__init__()
         if temperature <= 0:
             raise UserError(
                 f"kd_temperature {temperature} is impossible: it is above 0"
             )
-        if direction not in ("forward", "reverse", "symmetric"):
-            raise UserError(
-                f"unknown kd_direction {direction!r}: choose forward, reverse or "
-                "symmetric"
-            )
-        if reduction not in ("utterance", "frame"):
-            raise UserError(
-                f"unknown kd_reduction {reduction!r}: choose utterance or frame"
-            )
+        for name, value, choices in (
+            ("direction", direction, ("forward", "reverse", "symmetric")),
+            ("reduction", reduction, ("utterance", "frame")),
+            ("blank", blank, ("keep", "drop", "scale")),
+        ):
+            if value not in choices:
+                raise UserError(
+                    f"unknown kd_{name} {value!r}: choose {', '.join(choices[:-1])} or "
+                    f"{choices[-1]}"
+                )
         self.temperature = temperature
         self.direction = direction
         self.reduction = reduction
+        self.blank = blank
 
-    def forward(self, logits: torch.Tensor, reference: Posteriors) -> torch.Tensor:
-        """Return the loss of the student's `logits` (Batch, Time, Vocab), a scalar.
+    def forward(self, log_probs: torch.Tensor, reference: Posteriors) -> torch.Tensor:
+        """Return the loss of the student's log-posteriors.
+
+        Args:
+            log_probs: (Batch, Time, Vocab), or those of several exits
+                (Exits, Batch, Time, Vocab).
+
+        Returns:
+            A scalar, or (Exits,).
 
         Raises:
             UserError: for a temperature with posteriors that are not complete.
@@ -58,20 +100,38 @@ class CTCPosteriorKL(torch.nn.Module):
                 "without --top_k, or set kd_temperature: 1.0"
             )
         # in float32 whatever autocast does around: logarithms of small probabilities
-        with torch.autocast(logits.device.type, enabled=False):
-            student = (logits.float() / self.temperature).log_softmax(-1)
-            teacher = reference.log_probs.float()
+        with torch.autocast(log_probs.device.type, enabled=False):
+            student, teacher = log_probs.float(), reference.log_probs.float()
             if reference.tokens is not None:
-                student = _with_rest_bin(student, reference.tokens)
-            else:
+                tokens = reference.tokens.expand(*student.shape[:-1], -1)
+                student = _with_rest_bin(student, tokens)
+            elif self.temperature != 1.0:
+                student = (student / self.temperature).log_softmax(-1)
                 teacher = (teacher / self.temperature).log_softmax(-1)
-            per_frame = self._divergence(teacher, student) * self.temperature**2
-            frames = torch.arange(logits.size(1), device=logits.device)
-            valid = frames < reference.lengths.to(logits.device)[:, None]
-            total = per_frame.masked_fill(~valid, 0.0).sum()
-        return total / (
-            logits.size(0) if self.reduction == "utterance" else valid.sum()
-        )
+            weight = self._weight_of_frames(reference)
+            # what stands in the padding may be anything
+            teacher = teacher.masked_fill(weight[..., None] == 0, 0.0)
+            divergence = self._divergence(teacher.expand_as(student), student)
+            per_frame = (divergence * self.temperature**2).masked_fill(weight == 0, 0.0)
+            total = (per_frame * weight).sum((-2, -1))
+        batch_size = reference.lengths.numel()
+        return total / (batch_size if self.reduction == "utterance" else weight.sum())
+
+    def _weight_of_frames(self, reference: Posteriors) -> torch.Tensor:
+        """Return how much each frame counts (Batch, Time)."""
+        teacher = reference.log_probs.float()
+        frames = torch.arange(teacher.size(1), device=teacher.device)
+        weight = (frames < reference.lengths.to(teacher.device)[:, None]).float()
+        if self.blank == "keep":
+            return weight
+        if reference.tokens is None:
+            blank = teacher[..., BLANK]
+        else:
+            is_blank = F.pad(reference.tokens == BLANK, (0, 1))  # not the rest's bin
+            blank = teacher.masked_fill(~is_blank, float("-inf")).amax(-1)
+        if self.blank == "scale":
+            return weight * -torch.expm1(blank)
+        return weight * (blank < teacher.amax(-1))
 
     def _divergence(self, teacher, student):
         forward = _kl(teacher, student)

@@ -4,8 +4,9 @@ import logging
 import random
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Optional, Sequence, Union
+from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, Union
 
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.repeat import MultiSequential
@@ -30,6 +31,7 @@ register_optimizer_step_post_hook(_count_step)
 # By the identity of the gates. A context variable, because requests at different depths
 # may run one model in several threads.
 _running: ContextVar[dict[int, tuple[int, ...]]] = ContextVar("running", default={})
+_visitors: ContextVar[dict[int, Callable]] = ContextVar("visitors", default={})
 
 
 class Gates(torch.nn.Module):
@@ -43,9 +45,10 @@ class Gates(torch.nn.Module):
     def open(self, sampler: Optional[DepthSampler] = None) -> None:
         """Select all slots, and let `sampler` draw those of each training step."""
         self.sampler = sampler or FullSampler()
-        self.sampler.draw(range(len(self)), random.Random(0))  # refuses early
+        self.sampler.check(len(self))
         self._rng: Optional[random.Random] = None
         self._seed: Optional[int] = None
+        self._step: Optional[int] = None  # of the optimiser, that the draws are for
         self.select(range(len(self)))
 
     @property
@@ -65,10 +68,25 @@ class Gates(torch.nn.Module):
         finally:
             _running.reset(token)
 
+    @contextmanager
+    def visited(self, visit: Callable[[int, Any], Any]) -> Iterator[None]:
+        """Let `visit` see what each slot that runs returns, and may change.
+
+        Args:
+            visit: takes the slot and its layer's output; returns that output, or what
+                is to go on in its place.
+        """
+        token = _visitors.set({**_visitors.get(), id(self): visit})
+        try:
+            yield
+        finally:
+            _visitors.reset(token)
+
     def select(self, layers: Sequence[int]) -> None:
         """Choose the slots that run in evaluation and are drawn from in training."""
         self.selected = tuple(layers)
-        self._drawn: Optional[tuple[int, ...]] = None
+        self._drawn: list[tuple[int, ...]] = []
+        self._smallest: Optional[tuple[int, ...]] = None
 
     def layers_of_step(self) -> tuple[int, ...]:
         """Return the slots of this optimiser step, drawn out of the selected ones.
@@ -76,12 +94,30 @@ class Gates(torch.nn.Module):
         All forwards of a step train the same layers: with accumulated gradients, the
         step would otherwise be one of several depths, which no option asked for.
         """
+        return self.draws_of_step(1)[0]
+
+    def draws_of_step(self, number: int) -> list[tuple[int, ...]]:
+        """Return several draws of this optimiser step; the first one is its own."""
         if self._rng is None:
             self._follow_seed()
-        if self._drawn is None or self._step != _optimizer_steps:
+        if self._step != _optimizer_steps:
             self._step = _optimizer_steps
-            self._drawn = self.sampler.draw(self.selected, self._rng)
-        return self._drawn
+            self._drawn, self._smallest = [], None
+        while len(self._drawn) < number:
+            self._drawn.append(self.sampler.draw(self.selected, self._rng))
+        return self._drawn[:number]
+
+    def sandwich_of_step(self, number: int) -> list[tuple[int, ...]]:
+        """Return all selected slots, the fewest, and `number` draws of this step.
+
+        What is there twice is left out (sandwich rule, arXiv 1903.05134).
+        """
+        draws = self.draws_of_step(number)
+        if self._smallest is None:
+            self._smallest = self.sampler.choose(
+                self.selected, self.sampler.min_depth, self._rng
+            )
+        return list(dict.fromkeys([self.selected, self._smallest, *draws]))
 
     def _follow_seed(self) -> None:
         # ESPnet seeds torch with `seed + epoch` on every rank before each epoch, and
@@ -92,7 +128,7 @@ class Gates(torch.nn.Module):
         if seed != self._seed:
             self._seed = seed
             self._rng = random.Random(seed)
-            self._drawn = None
+            self._drawn, self._smallest = [], None
 
     def train(self, mode: bool = True) -> "Gates":
         super().train(mode)
@@ -102,12 +138,22 @@ class Gates(torch.nn.Module):
 
     def __iter__(self) -> Iterator[Callable]:
         active = set(self.active)
+        visit = _visitors.get().get(id(self))
         for slot, layer in enumerate(self.children()):
-            yield layer if slot in active else self.pass_through(layer)
+            if slot not in active:
+                yield self.pass_through(layer)
+            elif visit is None:
+                yield layer
+            else:
+                yield partial(_visited_layer, visit, slot, layer)
 
     def pass_through(self, layer: torch.nn.Module) -> Callable:
         """Return what runs in place of a layer that is off."""
         raise NotImplementedError
+
+
+def _visited_layer(visit: Callable, slot: int, layer: Callable, *args, **kwargs) -> Any:
+    return visit(slot, layer(*args, **kwargs))
 
 
 class GatedLayers(Gates, MultiSequential):
@@ -219,7 +265,7 @@ class DynamicDepth:
             return chosen
         if depth is not None and selector is None:
             chosen = profile.layers_of(depth) or chosen
-        static = isinstance(gates.sampler, FullSampler) and len(chosen) == len(gates)
+        static = gates.sampler.is_full and len(chosen) == len(gates)
         if chosen not in profile.depths and chosen not in self._warned and not static:
             self._warned.add(chosen)
             logging.warning(

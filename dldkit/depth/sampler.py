@@ -1,29 +1,58 @@
-"""Which layers run in a training step: a random depth, then a random subset.
+"""Which layers run in a training step: first how many, then which.
 
 Given its size, every subset of independent Bernoulli gates is equally likely. So the
-paper's gates and all other policies are one thing: a distribution over the depth.
+paper's gates and all other policies are one thing: a distribution over the depth, and a
+choice of layers for a depth.
 """
 
 import math
 import random
-from typing import Sequence
+from typing import Mapping, Sequence, Union
 
+from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
+
+LAYER_CHOICES = ("random", *SELECTORS)
 
 
 class DepthSampler:
-    """Draws the layers of one training step; subclasses say how deep steps are."""
+    """Draws the layers of training steps; subclasses say how deep steps are.
 
-    def __init__(self, min_depth: int = 1):
+    Args:
+        min_depth: fewest layers of a step.
+        layer_choice: `random` = any subset of that size (DLD, arXiv 2601.16117), else
+            the layers that a selector means at inference: `even` | `prefix`.
+
+    Raises:
+        UserError: for an option out of its range.
+    """
+
+    is_full = False
+
+    def __init__(self, min_depth: int = 1, layer_choice: str = "random"):
         if min_depth < 1:
             raise UserError(
                 f"min_depth {min_depth} is impossible: at least 1 layer has to run"
             )
+        if layer_choice not in LAYER_CHOICES:
+            raise UserError(
+                f"unknown layer_choice {layer_choice!r}: choose one of "
+                f"{', '.join(LAYER_CHOICES)}"
+            )
         self.min_depth = min_depth
+        self.layer_choice = layer_choice
 
     def weights(self, num_layers: int) -> list[float]:
         """Return the unnormalised probability of each depth, 1 to `num_layers`."""
         raise NotImplementedError
+
+    def check(self, num_layers: int) -> None:
+        """Refuse options that do not fit an encoder of so many layers.
+
+        Raises:
+            UserError: naming the option.
+        """
+        self.draw(range(num_layers), random.Random(0))
 
     def draw(self, layers: Sequence[int], rng: random.Random) -> tuple[int, ...]:
         """Draw some of `layers`, in order, never none of them.
@@ -38,17 +67,29 @@ class DepthSampler:
         ]
         if not any(weights):
             raise UserError(
-                f"min_depth {self.min_depth} is impossible with {len(layers)} layers"
+                f"min_depth {self.min_depth} is impossible with {len(layers)} layers: "
+                "no depth is left to draw"
             )
         (depth,) = rng.choices(depths, weights)
-        return tuple(sorted(rng.sample(list(layers), depth)))
+        return self.choose(layers, depth, rng)
+
+    def choose(
+        self, layers: Sequence[int], depth: int, rng: random.Random
+    ) -> tuple[int, ...]:
+        """Return the layers that a depth means, drawn where they are random."""
+        if self.layer_choice == "random":
+            return tuple(sorted(rng.sample(list(layers), depth)))
+        chosen = SELECTORS[self.layer_choice](depth, len(layers))
+        return tuple(layers[place] for place in chosen)
 
 
 class BernoulliSampler(DepthSampler):
     """Keeps each layer with probability `keep_prob` (DLD, arXiv 2601.16117)."""
 
-    def __init__(self, keep_prob: float = 0.5, min_depth: int = 1):
-        super().__init__(min_depth)
+    def __init__(
+        self, keep_prob: float = 0.5, min_depth: int = 1, layer_choice: str = "random"
+    ):
+        super().__init__(min_depth, layer_choice)
         if not 0.0 < keep_prob <= 1.0:
             raise UserError(
                 f"keep_prob {keep_prob} is impossible: it is a probability above 0"
@@ -71,24 +112,66 @@ class UniformSampler(DepthSampler):
 
 
 class FullSampler(DepthSampler):
-    """Runs all layers, always: a static model."""
+    """Runs all layers, always: a static model, or early exit."""
+
+    is_full = True
 
     def weights(self, num_layers: int) -> list[float]:
         return [0.0] * (num_layers - 1) + [1.0]
 
 
-def build_sampler(name: str, keep_prob: float, min_depth: int) -> DepthSampler:
-    """Build the sampler that a config names.
+class WeightedSampler(DepthSampler):
+    """Draws each depth as often as its weight says; a depth without one, never."""
+
+    def __init__(
+        self,
+        weight_of_depth: Mapping[int, float],
+        min_depth: int = 1,
+        layer_choice: str = "random",
+    ):
+        super().__init__(min_depth, layer_choice)
+        self.weight_of_depth = dict(weight_of_depth)
+        if not self.weight_of_depth or not all(
+            isinstance(depth, int) and depth >= 1 and weight >= 0
+            for depth, weight in weight_of_depth.items()
+        ):
+            raise UserError(
+                f"depth_sampler {self.weight_of_depth} is impossible: write depths "
+                "from 1 and weights from 0, such as {12: 2, 6: 1, 2: 1}"
+            )
+
+    def check(self, num_layers: int) -> None:
+        if max(self.weight_of_depth) > num_layers:
+            raise UserError(
+                f"depth_sampler {self.weight_of_depth} has a depth above the "
+                f"{num_layers} layers that there are"
+            )
+        super().check(num_layers)
+
+    def weights(self, num_layers: int) -> list[float]:
+        return [self.weight_of_depth.get(n, 0.0) for n in range(1, num_layers + 1)]
+
+
+def build_sampler(
+    name: Union[str, Mapping[int, float]],
+    keep_prob: float = 0.5,
+    min_depth: int = 1,
+    layer_choice: str = "random",
+) -> DepthSampler:
+    """Build the sampler that a config names, or whose weights it gives by depth.
 
     Raises:
         UserError: for an unknown name, or options out of range.
     """
+    if isinstance(name, Mapping):
+        return WeightedSampler(name, min_depth, layer_choice)
     if name == "bernoulli":
-        return BernoulliSampler(keep_prob, min_depth)
+        return BernoulliSampler(keep_prob, min_depth, layer_choice)
     if name == "uniform":
-        return UniformSampler(min_depth)
+        return UniformSampler(min_depth, layer_choice)
     if name == "full":
-        return FullSampler(min_depth)
+        return FullSampler(min_depth, layer_choice)
     raise UserError(
-        f"unknown depth_sampler {name!r}: choose bernoulli, uniform or full"
+        f"unknown depth_sampler {name!r}: choose bernoulli, uniform or full, or give "
+        "each depth a weight, as {12: 2, 6: 1, 2: 1}"
     )

@@ -1,7 +1,7 @@
 """BatchNorm statistics of one choice of layers: estimated, and used where it runs."""
 
 from contextlib import contextmanager
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -83,6 +83,20 @@ def _batch_statistics(all_moments: Iterable[_Moments]):
             handle.remove()
             moments.norm.track_running_stats = True
             moments.norm.training = False
+
+
+@contextmanager
+def running_statistics_kept(encoder: torch.nn.Module) -> Iterator[None]:
+    """Let forwards in training leave the running statistics as they are."""
+    norms = list(batch_norms(encoder).values())
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
 
 
 def use_statistics(

@@ -10,7 +10,6 @@ from espnet2.train.reporter import Reporter
 from espnet2.train.trainer import Trainer
 
 from dldkit.depth.layers import Gates, find_gates
-from dldkit.depth.sampler import FullSampler
 from dldkit.errors import UserError
 from dldkit.patches import patched
 from dldkit.step import atomic
@@ -80,8 +79,7 @@ class ResumableTrainer(Trainer):
 
 def _some_layers_rest(layers: Optional[Gates]) -> bool:
     return layers is not None and (
-        not isinstance(layers.sampler, FullSampler)
-        or len(layers.selected) < len(layers)
+        not layers.sampler.is_full or len(layers.selected) < len(layers)
     )
 
 

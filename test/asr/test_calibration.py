@@ -350,7 +350,9 @@ PLAIN = dict(cnn_module_kernel=None, macaron_style=None)
 
 
 def test_refuses_a_model_of_fixed_depth(static, corpus):
-    with pytest.raises(UserError, match="ConformerEncoder has no run-time depth: train with"):
+    with pytest.raises(
+        UserError, match="ConformerEncoder has no run-time depth: train with"
+    ):
         calibrate(static / MODEL, corpus.train)
 
 

@@ -92,7 +92,12 @@ def test_options_are_espnets_and_ours(encoder_name, make_encoder):
     theirs = inspect.signature(encoder_choices.get_class(encoder_name)).parameters
     ours = inspect.signature(encoder_choices.get_class(f"ld_{encoder_name}")).parameters
     new = dict(
-        depth_sampler="bernoulli", keep_prob=0.5, min_depth=1, keep_final_norm=False
+        depth_sampler="bernoulli",
+        keep_prob=0.5,
+        min_depth=1,
+        layer_choice="random",
+        exits=(),
+        keep_final_norm=False,
     )
     assert set(ours) == set(theirs) | set(new)
     for name, default in new.items():
@@ -116,3 +121,78 @@ def test_refuses_an_unknown_sampler(make_encoder):
 def test_wrong_types_are_refused_as_espnet_refuses_them(make_encoder):
     with pytest.raises(Exception, match="output_size|attention_heads|num_blocks"):
         make_encoder("ld_conformer", num_blocks="12")
+
+
+class TestExits:
+    def test_are_the_outputs_of_their_depths(
+        self, make_encoder, encoder_name, features
+    ):
+        encoder = make_encoder(
+            f"ld_{encoder_name}", 6, layer_choice="prefix", exits=2
+        ).eval()
+        assert encoder.exits == [2, 4]
+        with encoder.collected((1, 2, 4, 6)) as outputs:
+            full = encoder(*features)[0]
+        assert list(outputs) == [1, 2, 4]  # 6 is the encoder's own output
+        for depth, output in outputs.items():
+            encoder.set_depth(depth)
+            assert torch.equal(output, encoder(*features)[0]), depth
+        encoder.set_depth(None)
+        assert torch.equal(full, encoder(*features)[0])
+
+    def test_are_just_those_below_the_depth_that_runs(self, make_encoder, features):
+        encoder = make_encoder("ld_conformer", 6, layer_choice="prefix", exits=2)
+        for depth, reached in ((1, []), (2, []), (3, [2]), (4, [2]), (6, [2, 4])):
+            with encoder.running(range(depth)), encoder.collected((2, 4)) as outputs:
+                encoder(*features)
+            assert list(outputs) == reached
+
+    def test_may_be_listed(self, make_encoder):
+        options = dict(layer_choice="prefix")
+        assert make_encoder("ld_conformer", exits=[3, 1], **options).exits == [1, 3]
+        assert make_encoder("ld_conformer", exits=4, **options).exits == []
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (dict(exits=[2]), "layer_choice: random.*set layer_choice: prefix"),
+            (dict(exits=2, layer_choice="even"), "layer_choice: even"),
+            (dict(exits=[4], layer_choice="prefix"), "4 is no depth below the 4"),
+            (dict(exits=[0], layer_choice="prefix"), "0 is no depth"),
+            (dict(exits=["a"], layer_choice="prefix"), "'a' is no depth"),
+            (dict(exits=0, layer_choice="prefix"), "above 0"),
+            (
+                dict(exits=2, layer_choice="prefix", interctc_layer_idx=[2]),
+                "keep one of them",
+            ),
+        ],
+    )
+    def test_refuses_exits_that_can_not_be(self, make_encoder, options, message):
+        with pytest.raises(UserError, match=message):
+            make_encoder("ld_conformer", **options)
+
+
+@pytest.mark.parametrize(
+    "options, layers",
+    [
+        (dict(depth_sampler="uniform"), (0, 3)),
+        (dict(depth_sampler="uniform", layer_choice="even"), (0, 3)),
+        (dict(depth_sampler="uniform", layer_choice="prefix"), (0, 1)),
+        (dict(depth_sampler="full"), (0, 3)),
+        (dict(depth_sampler="full", interctc_layer_idx=[2]), (0, 1)),
+    ],
+)
+def test_a_depth_means_the_layers_that_were_trained(make_encoder, options, layers):
+    encoder = make_encoder("ld_conformer", **options)
+    assert encoder.choose_layers(2) == layers
+
+
+def test_a_depth_sampler_may_give_weights(make_encoder):
+    encoder = make_encoder("ld_conformer", depth_sampler={4: 1.0, 1: 3.0})
+    depths = set()
+    for _ in range(50):
+        depths.add(len(encoder.active_layers))
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).step()
+    assert depths == {1, 4}
+    with pytest.raises(UserError, match="above the 4 layers"):
+        make_encoder("ld_conformer", depth_sampler={5: 1.0})

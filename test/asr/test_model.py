@@ -47,7 +47,9 @@ def reference_of():
 def ctc_logits(model, batch):
     """Run a training step; return its results and the student's CTC logits."""
     logits = []
-    hook = model.ctc.ctc_lo.register_forward_hook(lambda *x: logits.append(x[2]))
+    hook = model.ctc.ctc_lo.register_forward_hook(
+        lambda *x: logits.append(x[2].reshape(-1, *x[2].shape[-3:])[-1])
+    )
     loss, stats, weight = model(**batch)
     hook.remove()
     return loss, stats, logits
@@ -84,7 +86,8 @@ class TestLoss:
 
     def test_options_reach_the_loss(self, student_of, static):
         options = dict(kd_temperature=2.0, kd_direction="reverse", kd_reduction="frame")
-        loss = student_of(static, options).kd_loss
+        (pull,) = student_of(static, options).pulls
+        loss = pull.divergence
         assert loss.temperature == 2.0
         assert loss.direction == "reverse"
         assert loss.reduction == "frame"
@@ -417,6 +420,9 @@ class TestReferenceStaysOutside:
     def test_nothing_is_kept_after_a_step(self, student_of, static, batch):
         student = student_of(static)
         student(**batch("a", "c"))[0].backward()
+        for module in student.modules():
+            if isinstance(getattr(module, "attn", None), torch.Tensor):
+                module.attn = None  # ESPnet keeps it for its plots
         copy.deepcopy(student)  # tensors of a graph could not be copied
 
 

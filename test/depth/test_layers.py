@@ -203,6 +203,75 @@ class TestTraining:
             make_encoder("ld_conformer", min_depth=5)
 
 
+class TestSeveralDraws:
+    """Of one step: all of them hold until the optimiser made it."""
+
+    def test_the_first_is_that_of_the_step(self, make_encoder):
+        gates = make_encoder("ld_conformer", 12, depth_sampler="uniform").gates
+        first = gates.layers_of_step()
+        draws = gates.draws_of_step(5)
+        assert draws[0] == first == gates.layers_of_step()
+        assert len(set(draws)) > 1
+        assert gates.draws_of_step(5) == draws
+        end_step()
+        assert gates.draws_of_step(5) != draws
+
+    def test_a_sandwich_is_full_smallest_and_draws(self, make_encoder):
+        gates = make_encoder(
+            "ld_conformer", 12, depth_sampler="uniform", min_depth=2
+        ).gates
+        seen = set()
+        for _ in range(20):
+            full, smallest, *draws = gates.sandwich_of_step(2)
+            assert full == tuple(range(12))
+            assert len(smallest) == 2
+            assert len(draws) <= 2
+            assert gates.sandwich_of_step(2) == [full, smallest, *draws]
+            seen.add(smallest)
+            end_step()
+        assert len(seen) > 5  # the smallest is random as well
+
+    def test_what_is_there_twice_runs_once(self, make_encoder):
+        weights = {4: 1}
+        gates = make_encoder(
+            "ld_conformer", depth_sampler=weights, layer_choice="prefix"
+        ).gates
+        assert gates.sandwich_of_step(3) == [(0, 1, 2, 3), (0,)]
+
+
+class TestVisited:
+    def test_sees_the_output_of_each_layer_that_runs(
+        self, make_encoder, encoder_name, features
+    ):
+        encoder = make_encoder(f"ld_{encoder_name}").eval()
+        encoder.set_depth(layers=(0, 2, 3))
+        outputs, hooked = {}, {}
+        for slot, layer in encoder.encoders.named_children():
+            layer.register_forward_hook(
+                lambda _, __, output, slot=slot: hooked.update({int(slot): output})
+            )
+
+        def visit(slot, output):
+            outputs[slot] = output
+            return output
+
+        with encoder.gates.visited(visit):
+            expected = encoder(*features)[0]
+        assert list(outputs) == [0, 2, 3]
+        assert all(outputs[slot] is hooked[slot] for slot in hooked)
+        assert torch.equal(encoder(*features)[0], expected)
+        assert list(outputs) == [0, 2, 3]  # afterwards, nothing is visited
+
+    def test_may_change_what_goes_on(self, make_encoder, features):
+        encoder = make_encoder("ld_conformer").eval()
+        with encoder.gates.visited(
+            lambda slot, output: torch.utils._pytree.tree_map(
+                torch.zeros_like if slot == 3 else lambda x: x, output
+            )
+        ):
+            assert not encoder(*features)[0].any()
+
+
 class TestSeed:
     def test_an_epoch_can_be_repeated(self, make_encoder, features):
         """A resumed run draws what the unbroken run would have drawn."""

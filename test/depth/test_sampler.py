@@ -77,6 +77,54 @@ def test_uniform_depth_then_a_random_subset(min_depth):
     assert chi_square(Counter(drawn), expected) < 1.8
 
 
+@pytest.mark.parametrize(
+    "choice, six_of_twelve",
+    [("even", (0, 2, 4, 7, 9, 11)), ("prefix", (0, 1, 2, 3, 4, 5))],
+)
+@pytest.mark.parametrize("name", ["bernoulli", "uniform"])
+def test_a_layer_choice_changes_the_layers_but_not_the_depths(
+    name, choice, six_of_twelve
+):
+    drawn = draws(build_sampler(name, layer_choice=choice), 12, 20000)
+    assert len(set(drawn)) == len({len(layers) for layers in drawn})
+    assert six_of_twelve in drawn
+    weights = build_sampler(name).weights(12)
+    expected = {n: w / sum(weights) for n, w in enumerate(weights, start=1)}
+    rare = [n for n, p in expected.items() if p * 20000 < 6]
+    counts = Counter(len(layers) for layers in drawn if len(layers) not in rare)
+    assert chi_square(counts, {n: p for n, p in expected.items() if n not in rare}) < 2
+
+
+def test_a_layer_choice_holds_among_the_given_layers():
+    """As in a growing model, of which only some slots are there yet."""
+    rng = random.Random(0)
+    sampler = UniformSampler(layer_choice="prefix")
+    drawn = {sampler.draw((2, 5, 9), rng) for _ in range(100)}
+    assert drawn == {(2,), (2, 5), (2, 5, 9)}
+
+
+def test_weights_by_depth():
+    drawn = draws(build_sampler({12: 2, 6: 1, 2: 1.0}), 12, 20000)
+    depths = Counter(len(layers) for layers in drawn)
+    assert chi_square(depths, {12: 0.5, 6: 0.25, 2: 0.25}) < 3
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({}, r"depth_sampler \{\} is impossible"),
+        ({0: 1.0}, r"\{0: 1.0\} is impossible: write depths"),
+        ({"six": 1.0}, "'six': 1.0"),
+        ({3: -1.0}, "3: -1.0"),
+        ({3: 0.0}, "no depth is left"),
+        ({5: 1.0}, "a depth above the 4 layers"),
+    ],
+)
+def test_refuses_impossible_weights(weights, message):
+    with pytest.raises(UserError, match=message):
+        build_sampler(weights).check(4)
+
+
 def test_full():
     assert set(draws(FullSampler(), 6, 20)) == {(0, 1, 2, 3, 4, 5)}
 
@@ -122,6 +170,11 @@ def test_another_policy_is_a_distribution_over_the_depth():
 def test_refuses_impossible_options(name, keep_prob, min_depth, message):
     with pytest.raises(UserError, match=message):
         build_sampler(name, keep_prob, min_depth)
+
+
+def test_refuses_an_unknown_layer_choice():
+    with pytest.raises(UserError, match="'odd': choose one of random, even, prefix"):
+        build_sampler("uniform", layer_choice="odd")
 
 
 def test_refuses_a_min_depth_above_the_layers():
