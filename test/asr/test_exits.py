@@ -13,9 +13,7 @@ from dldkit.asr.loading import load_asr_model
 from dldkit.asr.model import DLDModel
 from dldkit.errors import UserError
 
-STILL = dict(
-    dropout_rate=0.0, positional_dropout_rate=0.0, attention_dropout_rate=0.0
-)
+STILL = dict(dropout_rate=0.0, positional_dropout_rate=0.0, attention_dropout_rate=0.0)
 NESTED = dict(**STILL, depth_sampler="uniform", layer_choice="prefix")
 EXITS = {**NESTED, "depth_sampler": "full", "exits": 1}
 MASKS = dict(

@@ -92,6 +92,77 @@ def test_one_speaker_is_unseen(corpus, source):
         assert {r.split("_")[1] for r in recordings_of(corpus / name)} == speakers[name]
 
 
+NOISY = {
+    "train_noisy": 120,
+    "dev_noisy": 12,
+    **{f"test_seen_{snr}db": 15 for snr in (20, 10, 5)},
+    **{f"test_unseen_{snr}db": 9 for snr in (20, 10, 5)},
+}
+
+
+def audio_of(directory: Path) -> dict[str, np.ndarray]:
+    wavs = read_table(directory / "wav.scp")
+    return {utt[-5:]: soundfile.read(path)[0] for utt, path in wavs.items()}
+
+
+def test_noisy_sets_share_no_recording_either(corpus):
+    for name, size in NOISY.items():
+        assert len(utterances(corpus / name)) == size
+        assert "babble" in (corpus / name / "corpus_source").read_text()
+        clean = name.rpartition("_")[0]
+        assert recordings_of(corpus / name) <= recordings_of(corpus / clean) or (
+            clean in ("train", "dev")
+        )
+        for other in set(SIZES) - {clean}:
+            assert not recordings_of(corpus / name) & recordings_of(corpus / other)
+
+
+def test_noisy_tests_say_the_same_at_each_level(corpus):
+    """What differs from the clean set's audio grows with the level of the babble."""
+    for name in ("test_seen", "test_unseen"):
+        clean, text = audio_of(corpus / name), read_table(corpus / name / "text")
+        distances = []
+        for snr in (20, 10, 5):
+            noisy = f"{name}_{snr}db"
+            said = read_table(corpus / noisy / "text")
+            assert list(said.values()) == list(text.values())
+            similar = []
+            for utt, audio in audio_of(corpus / noisy).items():
+                assert len(audio) == len(clean[utt])
+                assert np.abs(audio).max() == pytest.approx(0.5, abs=1e-3)
+                similar.append(np.corrcoef(audio, clean[utt])[0, 1])
+            distances.append(1 - np.mean(similar))
+        assert 0.01 < distances[0] < distances[1] < distances[2]
+
+
+def test_half_of_noisy_training_is_clean(corpus):
+    loudest = [
+        np.abs(audio).max() for audio in audio_of(corpus / "train_noisy").values()
+    ]
+    assert len(loudest) == 120
+    spoilt = np.isclose(loudest, 0.5, atol=1e-3).sum()
+    assert 40 < spoilt < 80
+
+
+def test_babble_has_the_level_that_was_asked_for(digits):
+    """With a talker who says silence but for noise, in a room without reflections."""
+    from noise import spoil
+
+    rng = np.random.default_rng(0)
+    tone = np.sin(np.arange(16000) / 5).astype(np.float32)
+    others = [rng.standard_normal(4000).astype(np.float32)]
+    for snr in (20.0, 0.0):
+        mixed = spoil(tone, others, snr, np.random.default_rng(1), 8000)
+        # a tone stays one in any room: what is left after fitting it is babble
+        waves = np.exp(1j * np.arange(16000) / 5)[:, None].view(float)
+        late = slice(6000, None)  # after the room's response
+        fit = np.linalg.lstsq(waves[late], mixed[late], rcond=None)[0]
+        heard = waves[late] @ fit
+        rest = mixed[late] - heard
+        found = 10 * np.log10((heard**2).mean() / (rest**2).mean())
+        assert found == pytest.approx(snr, abs=1.5)
+
+
 def test_text_says_what_was_strung_together(corpus, digits):
     counts = set()
     for name in SIZES:

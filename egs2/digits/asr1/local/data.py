@@ -3,7 +3,8 @@
 
 Each utterance strings 3 to 7 single-digit recordings of one speaker together, with
 short random gaps. No recording is shared between training, dev and test sets, and
-one speaker is kept out of training altogether (`test_unseen`).
+one speaker is kept out of training altogether (`test_unseen`). The noisy sets say other
+strings of the same recordings, or for tests the same strings, in rooms full of babble.
 """
 
 import argparse
@@ -19,10 +20,11 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import soundfile
+from noise import spoil
 
 from dldkit.data.datadir import write_data_dir
 from dldkit.errors import UserError, report_user_errors
@@ -271,51 +273,86 @@ def deal(names: list[str], rng: np.random.Generator) -> Iterator[str]:
         yield from rng.permutation(names)
 
 
+class DigitSet(NamedTuple):
+    """What a data directory is made of.
+
+    Attributes:
+        takes: of each digit by each of the speakers.
+        size: utterances.
+        seed: sets that share it say the same strings, if all else is the same.
+        snr: of speech to babble in dB, least and most; None = clean.
+        noisy: share of the utterances that are spoilt.
+        babble: speakers and takes of the babble.
+    """
+
+    name: str
+    speakers: list[str]
+    takes: range
+    size: int
+    seed: int
+    snr: Optional[tuple[float, float]] = None
+    noisy: float = 1.0
+    babble: tuple[list[str], range] = ([], range(0))
+
+
 def write_set(
-    name: str,
+    made: DigitSet,
     corpus: Corpus,
-    speakers: list[str],
-    takes: range,
-    size: int,
     digits: tuple[int, int],
-    rng: np.random.Generator,
+    seed: int,
     data_dir: Path,
 ) -> None:
-    """Write a data directory of `size` utterances strung from the speakers' `takes`.
+    """Write a data directory of utterances that are strung together.
 
     Args:
         digits: fewest and most digits in an utterance.
     """
+    name, speakers = made.name, made.speakers
     wav_dir = data_dir / "local" / "wav" / name
     shutil.rmtree(wav_dir, ignore_errors=True)
     wav_dir.mkdir(parents=True)
-    text_rng, audio_rng = rng.spawn(2)  # so that the text depends on no audio
-    signals, decks = {}, {}
-    for speaker in speakers:
-        deck = [f"{digit}_{speaker}_{take}" for digit in range(10) for take in takes]
-        for recording in deck:
-            signals[recording] = read_recording(corpus.recordings / f"{recording}.wav")
-        decks[speaker] = deal(deck, text_rng)
+    # so that the text depends on no audio, and what is said not on the noise
+    text_rng, audio_rng, noise_rng = np.random.default_rng([seed, made.seed]).spawn(3)
+    signals = read_recordings(corpus, speakers, made.takes)
+    others = read_recordings(corpus, *made.babble)
+    decks = {speaker: deal(list(signals[speaker]), text_rng) for speaker in speakers}
 
     names = ("wav_scp", "text", "utt2spk", "utt2recordings")
     tables: dict[str, dict[str, str]] = {table: {} for table in names}
-    for number in range(size):
+    for number in range(made.size):
         speaker = speakers[number % len(speakers)]
         utt = f"{speaker}-{name}-{number:05d}"
         count = text_rng.integers(digits[0], digits[1] + 1)
         used = [next(decks[speaker]) for _ in range(count)]
         path = wav_dir / f"{utt}.wav"
-        signal = connect([signals[recording] for recording in used], audio_rng)
+        signal = connect([signals[speaker][recording] for recording in used], audio_rng)
+        if made.snr is not None and noise_rng.random() < made.noisy:
+            pool = [r for s in others if s != speaker for r in others[s].values()]
+            signal = spoil(signal, pool, noise_rng.uniform(*made.snr), noise_rng, FS)
         soundfile.write(path, signal, FS, subtype="PCM_16")
         tables["wav_scp"][utt] = str(path)
         tables["text"][utt] = " ".join(WORDS[int(recording[0])] for recording in used)
         tables["utt2spk"][utt] = speaker
         tables["utt2recordings"][utt] = " ".join(used)
-    write_data_dir(data_dir / name, corpus.source, **tables)
+    source = corpus.source + (", in simulated rooms with babble" if made.snr else "")
+    write_data_dir(data_dir / name, source, **tables)
     logging.info(
-        f"{name}: {size} utterances of {', '.join(speakers)}, "
-        f"from {len(signals)} recordings"
+        f"{name}: {made.size} utterances of {', '.join(speakers)}, "
+        f"from {len(speakers) * len(made.takes) * 10} recordings"
     )
+
+
+def read_recordings(
+    corpus: Corpus, speakers: list[str], takes: range
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the recordings (Time,) of each speaker, by their names."""
+    return {
+        speaker: {
+            name: read_recording(corpus.recordings / f"{name}.wav")
+            for name in (f"{d}_{speaker}_{take}" for d in range(10) for take in takes)
+        }
+        for speaker in speakers
+    }
 
 
 def connect(digits: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
@@ -332,7 +369,7 @@ def connect(digits: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Write the four data directories.
+    """Write the data directories.
 
     Raises:
         UserError: an option makes no sense, or the corpus can not be had.
@@ -349,20 +386,31 @@ def prepare(args: argparse.Namespace) -> None:
         choices = " ".join(corpus.speakers)
         raise UserError(f"--unseen_speaker {unseen}: choose from {choices}")
     seen = [speaker for speaker in corpus.speakers if speaker != unseen]
-    sets = (
-        ("train", seen, TRAIN, args.num_train),
-        ("dev", seen, DEV, args.num_dev),
-        ("test_seen", seen, TEST, args.num_test_seen),
-        # Nothing of this speaker is trained on, so all takes may be tested on.
-        ("test_unseen", [unseen], TAKES, args.num_test_unseen),
-    )
-    for index, (name, speakers, takes, size) in enumerate(sets):
-        if size < 1:
-            raise UserError(f"--num_{name} must be at least 1, got {size}")
-        # One generator per set: the size of one does not alter another.
-        rng = np.random.default_rng([args.seed, index])
-        data_dir = Path(args.data_dir)
-        write_set(name, corpus, speakers, takes, size, digits, rng, data_dir)
+    for made in _sets(args, seen, unseen):
+        if made.size < 1:
+            raise UserError(f"--num_{made.name} must be at least 1, got {made.size}")
+        write_set(made, corpus, digits, args.seed, Path(args.data_dir))
+
+
+def _sets(args: argparse.Namespace, seen: list[str], unseen: str) -> Iterator[DigitSet]:
+    # Nothing of the unseen speaker is trained on, so all takes may be tested on.
+    train, dev = ("train", seen, TRAIN), ("dev", seen, DEV)
+    tests = ("test_seen", seen, TEST), ("test_unseen", [unseen], TAKES)
+    yield DigitSet(*train, args.num_train, 0)
+    yield DigitSet(*dev, args.num_dev, 1)
+    yield DigitSet(*tests[0], args.num_test_seen, 2)
+    yield DigitSet(*tests[1], args.num_test_unseen, 3)
+    mixed = dict(snr=(0.0, 20.0), noisy=0.5)
+    for (name, *of), size, seed in (
+        (train, 2 * args.num_train, 4),
+        (dev, args.num_dev, 5),
+    ):
+        yield DigitSet(f"{name}_noisy", *of, size, seed, **mixed, babble=tuple(of))
+    for snr in (20, 10, 5):
+        of, level = tests[0][1:], dict(snr=(snr, snr), babble=(seen, TEST))
+        yield DigitSet(f"test_seen_{snr}db", *of, args.num_test_seen, 2, **level)
+        of = tests[1][1:]
+        yield DigitSet(f"test_unseen_{snr}db", *of, args.num_test_unseen, 3, **level)
 
 
 def get_parser() -> argparse.ArgumentParser:

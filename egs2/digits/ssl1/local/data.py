@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 import numpy as np
-from digits import DEV, TEST, TRAIN, WORDS, Corpus, find_corpus, write_set
+from digits import DEV, TEST, TRAIN, WORDS, Corpus, DigitSet, find_corpus, write_set
 
 from dldkit.data.datadir import Table, read_table, write_data_dir
 from dldkit.errors import UserError, report_user_errors
@@ -129,11 +129,11 @@ def prepare(args: argparse.Namespace) -> None:
     data_dir = Path(args.data_dir)
     seen = [speaker for speaker in corpus.speakers if speaker != corpus.unseen]
     for index, (name, size) in enumerate(sizes.items()):
-        # One generator per set: the size of one does not alter another. The strings
-        # of valid and strings_test share no recording with the training sets.
-        rng = np.random.default_rng([args.seed, index])
+        # A seed per set: the size of one does not alter another. The strings of valid
+        # and strings_test share no recording with the training sets.
         takes = TEST if name == "strings_test" else DEV if name == "valid" else TRAIN
-        write_set(name, corpus, seen, takes, size, (3, 7), rng, data_dir)
+        strings = DigitSet(name, seen, takes, size, index)
+        write_set(strings, corpus, (3, 7), args.seed, data_dir)
     for name, speech in (("train", train), ("valid", valid)):
         strings = read_table(data_dir / name / "wav.scp")
         shutil.rmtree(data_dir / name)  # with its transcripts
