@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""Record runs of a comparison of systems, and make its tables; see compare.sh."""
+
+import argparse
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Optional
+
+from dldkit.bin.merge_config import merge_files
+from dldkit.errors import report_user_errors
+from dldkit.options import command_parser, parse, positive
+from dldkit.report.comparison import (
+    SAMPLES,
+    epochs_of_equal_cost,
+    load_runs,
+    mean_depth,
+    record,
+    tables,
+)
+from dldkit.report.tables import put_between_marks
+
+LEGEND = (
+    "Word error rate in %, mean ± standard deviation over the seeds. ▲ better, ▼ worse "
+    "than the best static model of that depth or a smaller one: the 95 % interval of "
+    "the difference leaves out zero (bootstrap over seeds and utterances, paired, "
+    f"{SAMPLES} samples). Arithmetic: that of the training's forwards, the deepest static "
+    "model's is 1; a reference is not counted, because it is one of these models."
+)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = command_parser(__doc__)
+    commands = parser.add_subparsers(dest="what", required=True)
+    add = commands.add_parser(
+        "record", help="write what a run gave to a file"
+    ).add_argument
+    add("--exp", type=Path, required=True, help="experiment directory")
+    add("--inference_tag", required=True, help="results are in EXP/TAG/depthN/SET")
+    add("--name", required=True, help="of the system in the comparison")
+    add("--seed", type=int, required=True, help="of its training")
+    add("--data_root", type=Path, required=True, help="where the test sets lie")
+    add("--output", type=Path, required=True, help="the file")
+    add = commands.add_parser(
+        "epochs",
+        help="print how many epochs cost as much as the deepest static model's",
+    ).add_argument
+    add("--system", required=True, help="staticN, or a file of conf/systems")
+    add("--configs", nargs="+", type=Path, required=True, help="config, directories")
+    _add_common(add)
+    add("--deepest", required=True, help="name of the deepest static model")
+    add = commands.add_parser(
+        "table", help="put the tables into README.md"
+    ).add_argument
+    _add_common(add)
+    add("--systems", required=True, help="in their order, the deepest static one first")
+    add("--budgets", required=True, help="steps, arithmetic")
+    add("--configs", nargs="+", type=Path, required=True, help="config, directories")
+    add("--readme", type=Path, required=True, help="with the marks of a comparison")
+    add("--command", required=True, help="that made the comparison")
+    return parser
+
+
+def _add_common(add) -> None:
+    add("--results", type=Path, required=True, help="directory of the runs' files")
+    add("--epochs", type=positive, required=True, help="of the deepest static model")
+
+
+def _epochs(args: argparse.Namespace, system: str, deepest: str, budget: str) -> int:
+    if budget == "steps" or system == deepest:
+        return args.epochs
+    digits = system.removeprefix("static")
+    if digits.isdigit():
+        depth = float(digits)
+    else:
+        config, *directories = args.configs
+        files = [config, *(d / f"{system}.yaml" for d in directories)]
+        depth = mean_depth(merge_files([str(f) for f in files if f.is_file()]))
+    return epochs_of_equal_cost(load_runs(args.results), deepest, args.epochs, depth)
+
+
+@report_user_errors
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    """Run one of the commands."""
+    args = parse(get_parser(), cmd)
+    if args.what == "record":
+        run = record(args.exp, args.inference_tag, args.name, args.seed, args.data_root)
+        run.save(args.output)
+    elif args.what == "epochs":
+        print(_epochs(args, args.system, args.deepest, "arithmetic"))
+    else:
+        systems = args.systems.split()
+        budgets = {
+            budget: {s: _epochs(args, s, systems[0], budget) for s in systems}
+            for budget in args.budgets.split()
+        }
+        body = tables(load_runs(args.results), systems, budgets)
+        made = f"Made by `{args.command.strip()}` on {date.today()}, on CPU."
+        text = "\n\n".join([LEGEND, body, made])
+        put_between_marks(args.readme, text)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Compare systems of one depth with systems whose depth is chosen at run time.
+#
+#   cd egs2/<corpus>/asr1 && local/compare.sh [--option value]...
+#
+# static12, static6 and so on are static models of that many layers; other names are
+# files of conf/systems. Every run has a directory of its own and ends as a small file
+# in --results, and a run whose file is there is not done again: a comparison can be
+# interrupted, and goes on elsewhere with these files alone.
+#
+# Stages:
+#    1 data and statistics           3 all other systems
+#    2 the deepest static models     4 tables in README.md
+[ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
+set -euo pipefail
+
+## General
+stage=1  # first stage to run
+stop_stage=4  # last stage to run
+seeds="1000 2000 3000"  # seeds of the trainings; ESPnet adds the epoch to them
+systems="static12 static10 static8 static6 static4 static2 rd dld_paper dld early_exit nested anytime"  # systems to compare
+    # the deepest static one first, as it is the reference of the others
+asr_config=conf/train_asr.yaml  # training config of all systems
+epochs=8  # of the deepest static model, and of all others where --budgets says steps
+budgets="steps arithmetic"  # steps: as many epochs for all; arithmetic: as many as cost the same
+depths="12 10 8 6 4 2"  # depths to decode the systems of variable depth at
+jobs=2  # trainings at a time, each on one thread
+expdir=exp/compare  # directory of all runs
+results=results  # directory of one small file per run
+run_opts=  # more options of run.sh for every run, e.g. "--test_sets test"
+
+template=$(dirname "$(readlink -f "$0")")
+# shellcheck source=options.sh
+. "${template}/options.sh" "$@"
+# shellcheck source=path.sh
+. ./path.sh
+read -r -a all_systems <<<"${systems}"
+deepest=${all_systems[0]}
+[[ ${deepest} == static* ]] ||
+    die "--systems ${systems}: name the deepest static model first, such as static12"
+
+compare() { python3 -m dldkit.bin.compare "$@"; }
+
+file_of() { # file_of SYSTEM EPOCHS SEED: what a run ends as
+    echo "${results}/$1_e$2_seed$3.json"
+}
+
+run_recipe() { # run_recipe SYSTEM EPOCHS SEED [options of run.sh]...
+    local system=$1 run_epochs=$2 seed=$3 options=() layers
+    shift 3
+    layers=${system#static}
+    case ${system} in
+        static[0-9]*)
+            options+=(--system static --inference_depths "${layers}")
+            options+=(--asr_args "--max_epoch ${run_epochs} --encoder_conf num_blocks=${layers}")
+            ;;
+        *)
+            options+=(--system "${system}" --inference_depths "${depths}")
+            options+=(--asr_args "--max_epoch ${run_epochs}" --kd_source cached)
+            options+=(--reference "${expdir}/asr_${deepest}_e${epochs}_seed${seed}")
+            ;;
+    esac
+    eval "set -- ${run_opts} $(printf '%q ' "$@")"
+    ./run.sh --expdir "${expdir}" --ngpu 0 --num_threads 1 --nj 1 --inference_nj 1 \
+        --seed "${seed}" --asr_tag "${system}_e${run_epochs}_seed${seed}" \
+        --asr_config "${asr_config}" --inference_tag compared "${options[@]}" "$@"
+}
+
+one_run() { # one_run SYSTEM EPOCHS SEED
+    local file name=$1_e$2_seed$3
+    file=$(file_of "$@")
+    log "${name}: log in ${expdir}/log/${name}.log"
+    {
+        run_recipe "$@" --stage 9 --stop_stage 12
+        compare record --exp "${expdir}/asr_${name}" --inference_tag compared \
+            --name "$1" --seed "$3" --data_root dump/raw --output "${file}"
+    } >>"${expdir}/log/${name}.log" 2>&1 ||
+        die "${name} failed: see ${expdir}/log/${name}.log"
+    log "${name}: done, ${file}"
+}
+
+run_all() { # run_all SYSTEM...: what is missing of them, ${jobs} runs at a time
+    local seed system budget
+    for seed in ${seeds}; do
+        for budget in ${budgets}; do
+            for system in "$@"; do
+                local run_epochs=${epochs}
+                if [ "${budget}" == arithmetic ] && [ "${system}" != "${deepest}" ]; then
+                    run_epochs=$(compare epochs --results "${results}" --epochs "${epochs}" \
+                        --deepest "${deepest}" --system "${system}" \
+                        --configs "${asr_config}" ../../../conf/systems conf/systems)
+                fi
+                if [ ! -e "$(file_of "${system}" "${run_epochs}" "${seed}")" ]; then
+                    echo "${system} ${run_epochs} ${seed}"
+                fi
+            done
+        done
+    done | awk '!seen[$0]++' |
+        xargs -r -P "${jobs}" -L 1 bash -c 'set -euo pipefail; one_run "$@"' _
+}
+export -f run_recipe one_run file_of compare log die
+export asr_config depths deepest epochs expdir results run_opts
+mkdir -p "${expdir}/log" "${results}"
+
+if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
+    log "Stage 1: data and statistics"
+    run_recipe "${deepest}" "${epochs}" "${seeds%% *}" --stage 1 --stop_stage 5
+    run_recipe "${deepest}" "${epochs}" "${seeds%% *}" --stage 10 --stop_stage 10
+fi
+if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ]; then
+    log "Stage 2: ${deepest}, the reference of others"
+    run_all "${deepest}"
+fi
+if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
+    log "Stage 3: all other systems"
+    run_all "${all_systems[@]:1}"
+fi
+if [ "${stage}" -le 4 ] && [ "${stop_stage}" -ge 4 ]; then
+    log "Stage 4: tables in README.md"
+    compare table --results "${results}" --systems "${systems}" --epochs "${epochs}" \
+        --configs "${asr_config}" ../../../conf/systems conf/systems \
+        --budgets "${budgets}" --readme README.md \
+        --command "local/compare.sh $(printf '%q ' "$@")"
+fi
