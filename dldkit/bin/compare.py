@@ -21,11 +21,13 @@ from dldkit.report.comparison import (
 from dldkit.report.tables import put_between_marks
 
 LEGEND = (
-    "Word error rate in %, mean ± standard deviation over the seeds. ▲ better, ▼ worse "
-    "than the best static model of that depth or a smaller one: the 95 % interval of "
-    "the difference leaves out zero (bootstrap over seeds and utterances, paired, "
-    f"{SAMPLES} samples). Arithmetic: that of the training's forwards, the deepest static "
-    "model's is 1; a reference is not counted, because it is one of these models."
+    "Word error rate in %, mean ± standard deviation over the seeds. Differences have "
+    "95 % intervals, from a paired bootstrap over seeds and utterances "
+    f"({SAMPLES} samples); those that leave out zero are bold, and a negative one is "
+    "in favour of the system that heads the table. `static` is the model trained at "
+    "that depth, or a smaller one where that is better. Arithmetic: of the forwards in "
+    "training, where the deepest static model's is 1; a reference is not counted, "
+    "because it is one of these models."
 )
 
 
@@ -54,7 +56,11 @@ def get_parser() -> argparse.ArgumentParser:
         "table", help="put the tables into README.md"
     ).add_argument
     _add_common(add)
-    add("--systems", required=True, help="in their order, the deepest static one first")
+    add(
+        "--systems",
+        required=True,
+        help="the deepest static one first; the last one is compared with all others",
+    )
     add("--budgets", required=True, help="steps, arithmetic")
     add("--configs", nargs="+", type=Path, required=True, help="config, directories")
     add("--readme", type=Path, required=True, help="with the marks of a comparison")

@@ -87,7 +87,7 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
     """Return what a trained and decoded experiment gave.
 
     Raises:
-        UserError: when it is not trained and decoded yet.
+        UserError: when it is not decoded yet, or its encoder has no run-time depth.
     """
     import torch
 
@@ -106,6 +106,8 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
     states = torch.load(exp / "checkpoint.pth", map_location="cpu", weights_only=False)
     epochs = [stats["train"] for stats in states["reporter"]["stats"].values()]
     model, train_args = load_asr_model(exp)
+    if not hasattr(model.encoder, "set_depth"):
+        raise UserError(f"{exp}: compare models of an ld_* encoder")
     layers = len(model.encoder.gates)
     found = {}
     silence = np.zeros(10 * train_args.frontend_conf["fs"], np.float32)
@@ -169,41 +171,136 @@ def epochs_of_equal_cost(runs: Sequence[Run], deepest: str, epochs: int, depth: 
 
 def difference(
     ours: Sequence[Run], theirs: Sequence[Run], test_set: str, depth: int, other: int
-) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two systems' error rates, in %.
+) -> tuple[float, float, float]:
+    """Return the difference of two systems' error rates and its 95 % interval, in %.
 
     Seeds and utterances are drawn again, the same ones for both systems.
 
     Args:
         depth: of our runs; `other` that of theirs.
+
+    Raises:
+        UserError: when the systems have no seed in common.
     """
-    ours, theirs = _of_common_seeds(ours, theirs)
-    words = np.array(ours[0].words[test_set])
-    differences = np.array(
-        [
-            np.subtract(a.errors[test_set][str(depth)], b.errors[test_set][str(other)])
-            for a, b in zip(ours, theirs)
-        ]
-    )
-    rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(SAMPLES):
-        utts = rng.integers(len(words), size=len(words))
-        seeds = rng.integers(len(ours), size=len(ours))
-        total = differences[seeds][:, utts].sum() / len(ours)
-        drawn.append(100 * total / words[utts].sum())
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _of_common_seeds(ours: Sequence[Run], theirs: Sequence[Run]):
     by_seed = {run.seed: run for run in theirs}
-    common = [(run, by_seed[run.seed]) for run in ours if run.seed in by_seed]
-    if not common:
+    pairs = [(run, by_seed[run.seed]) for run in ours if run.seed in by_seed]
+    if not pairs:
         raise UserError(
             f"{ours[0].system} and {theirs[0].system} have no seed in common"
         )
-    return tuple(zip(*common))
+    words = np.array(ours[0].words[test_set])
+    more_errors = np.array(
+        [
+            np.subtract(a.errors[test_set][str(depth)], b.errors[test_set][str(other)])
+            for a, b in pairs
+        ]
+    )
+    # how often each seed and each utterance is in a sample
+    rng = np.random.default_rng(0)
+    seeds, utts = (
+        rng.multinomial(number, np.full(number, 1 / number), SAMPLES)
+        for number in more_errors.shape
+    )
+    totals = (seeds @ more_errors * utts).sum(1) / len(pairs)
+    low, high = np.percentile(100 * totals / (utts @ words), [2.5, 97.5])
+    return float(100 * more_errors.mean(0).sum() / words.sum()), float(low), float(high)
+
+
+class Comparison:
+    """Some systems, trained alike.
+
+    Args:
+        chosen: the runs of each system, one per seed; the deepest static model first.
+    """
+
+    def __init__(self, chosen: Mapping[str, Sequence[Run]]):
+        self.deepest = next(iter(chosen))
+        self.runs = chosen
+        self.static = {static_depth(s): s for s in chosen if static_depth(s)}
+        self.dynamic = [s for s in chosen if not static_depth(s)]
+        self.test_sets = list(chosen[self.deepest][0].words)
+
+    def costs(self) -> str:
+        """Say what the trainings cost, the deepest static model's being 1."""
+        full = self.runs[self.deepest][0]
+        rows = []
+        for system, runs in self.runs.items():
+            depth = static_depth(system) or runs[0].depth
+            cost = runs[0].steps * macs_at(full.macs, depth)
+            cost /= full.steps * macs_at(full.macs, static_depth(self.deepest))
+            seeds = " ".join(str(run.seed) for run in runs)
+            row = [system, seeds, runs[0].epochs, runs[0].steps]
+            rows.append([*row, f"{depth:.1f}", f"{cost:.2f}"])
+        header = "system | seeds | epochs | steps | mean depth | arithmetic"
+        return markdown(header, rows, 2)
+
+    def depths(self, test_set: str) -> list[int]:
+        """Return the depths that any system was decoded at, the deepest first."""
+        found = {int(d) for s in self.dynamic for d in self._errors(s, test_set)}
+        return sorted(found | set(self.static), reverse=True)
+
+    def scores(self, test_set: str) -> str:
+        """Return the error rates of one test set."""
+        depths = self.depths(test_set)
+        rows = [["static, one model per depth"]]
+        for depth in depths:
+            system = self.static.get(depth)
+            rows[0].append(self._spread(system, test_set, depth) if system else "")
+        for system in self.dynamic:
+            cells = [self._spread(system, test_set, depth) for depth in depths]
+            rows.append([system, *cells])
+        return markdown(" | ".join(["system", *map("depth {}".format, depths)]), rows)
+
+    def differences(self, ours: str, test_set: str) -> str:
+        """Return by how much one system differs from each of the others."""
+        depths = self.depths(test_set)
+        rows = [["static"]]
+        for depth in depths:
+            # who has a smaller model that is better would not ship this one
+            rivals = {d: s for d, s in self.static.items() if d <= depth}
+            best = min(rivals, key=lambda d: self._rate(rivals[d], test_set, d))
+            rows[0].append(
+                self._difference(ours, test_set, depth, rivals[best], best)
+                + (f" (static{best})" if best != depth else "")
+            )
+        for other in self.dynamic:
+            if other != ours:
+                cells = [self._difference(ours, test_set, d, other, d) for d in depths]
+                rows.append([other, *cells])
+        header = " | ".join([f"{ours} less", *map("depth {}".format, depths)])
+        return markdown(header, rows)
+
+    def _errors(self, system: str, test_set: str) -> dict[str, list[int]]:
+        return self.runs[system][0].errors[test_set]
+
+    def _rate(self, system: str, test_set: str, depth: int) -> float:
+        return float(np.mean(self._rates(system, test_set, depth)))
+
+    def _rates(self, system: str, test_set: str, depth: int) -> list[float]:
+        return [run.error_rate(test_set, depth) for run in self.runs[system]]
+
+    def _spread(self, system: str, test_set: str, depth: int) -> str:
+        if str(depth) not in self._errors(system, test_set):
+            return ""
+        return spread(self._rates(system, test_set, depth), 2)
+
+    def _difference(
+        self, ours: str, test_set: str, depth: int, other: str, other_depth: int
+    ) -> str:
+        for system, at in ((ours, depth), (other, other_depth)):
+            if str(at) not in self._errors(system, test_set):
+                return ""
+        found = difference(
+            self.runs[ours], self.runs[other], test_set, depth, other_depth
+        )
+        text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
+        return f"**{text}**" if found[1] > 0 or found[2] < 0 else text
+
+
+def static_depth(system: str) -> int:
+    """Return 6 for static6, and 0 for a system of variable depth."""
+    digits = system.removeprefix("static")
+    return int(digits) if system.startswith("static") and digits.isdigit() else 0
 
 
 def tables(
@@ -211,11 +308,14 @@ def tables(
     systems: Sequence[str],
     budgets: Mapping[str, Mapping[str, int]],
 ) -> str:
-    """Return a table of each budget and test set.
+    """Return the tables of each budget: costs, then scores and differences by test set.
 
     Args:
-        systems: their order; static ones share a row.
+        systems: the deepest static one first, and last the one to compare with all.
         budgets: the epochs of each system, by the name of the budget.
+
+    Raises:
+        UserError: when there is no run of the deepest static model.
     """
     parts = []
     for budget, epochs in budgets.items():
@@ -226,64 +326,12 @@ def tables(
             for system in systems
         }
         chosen = {system: found for system, found in chosen.items() if found}
-        if not chosen:
-            continue
-        parts.append(f"### Equal {budget}\n")
-        parts.append(_costs(chosen, systems[0]))
-        some = next(iter(chosen.values()))[0]
-        for test_set in some.words:
-            parts.append(f"**{test_set}**\n")
-            parts.append(_table(chosen, test_set))
+        if systems[0] not in chosen:
+            raise UserError(f"there is no run of {systems[0]} yet: run stage 2")
+        compared = Comparison(chosen)
+        parts += [f"## Equal {budget}", compared.costs()]
+        for test_set in compared.test_sets:
+            parts += [f"### {test_set}, equal {budget}", compared.scores(test_set)]
+            if systems[-1] in compared.dynamic:
+                parts.append(compared.differences(systems[-1], test_set))
     return "\n\n".join(parts)
-
-
-def _static_depth(system: str) -> int:
-    digits = system.removeprefix("static")
-    return int(digits) if system.startswith("static") and digits.isdigit() else 0
-
-
-def _costs(chosen: Mapping[str, Sequence[Run]], deepest: str) -> str:
-    """Say what the trainings cost, the deepest static model's being 1."""
-    full, *_ = chosen[deepest]
-    rows = []
-    for system, found in chosen.items():
-        run = found[0]
-        depth = _static_depth(system) or run.depth
-        cost = run.steps * macs_at(full.macs, depth)
-        cost /= full.steps * macs_at(full.macs, _static_depth(deepest))
-        seeds = " ".join(str(r.seed) for r in found)
-        rows.append(
-            [system, seeds, run.epochs, run.steps, f"{depth:.1f}", f"{cost:.2f}"]
-        )
-    return markdown(
-        "system | seeds | epochs | steps | mean depth | arithmetic", rows, 2
-    )
-
-
-def _table(chosen: Mapping[str, Sequence[Run]], test_set: str) -> str:
-    """Return the error rates of one test set, with marks where systems differ."""
-    static = {_static_depth(s): runs for s, runs in chosen.items() if _static_depth(s)}
-    others = {s: runs for s, runs in chosen.items() if not _static_depth(s)}
-    depths = {d for runs in others.values() for d in map(int, runs[0].errors[test_set])}
-    depths = sorted(depths | set(static), reverse=True)
-
-    def rates(runs: Sequence[Run], depth: int) -> list[float]:
-        return [run.error_rate(test_set, depth) for run in runs]
-
-    cells = [spread(rates(static[d], d), 2) if d in static else "" for d in depths]
-    rows = [["static, one model per depth", *cells]]
-    for system, runs in others.items():
-        row = [system]
-        for depth in depths:
-            if str(depth) not in runs[0].errors[test_set]:
-                row.append("")
-                continue
-            cell = spread(rates(runs, depth), 2)
-            rivals = [d for d in static if d <= depth]
-            if rivals:
-                best = min(rivals, key=lambda d: np.mean(rates(static[d], d)))
-                low, high = difference(runs, static[best], test_set, depth, best)
-                cell += " ▲" if high < 0 else " ▼" if low > 0 else ""
-            row.append(cell)
-        rows.append(row)
-    return markdown(" | ".join(["system", *(f"depth {d}" for d in depths)]), rows)

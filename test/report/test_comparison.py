@@ -1,0 +1,224 @@
+"""Comparisons of systems: costs, bootstrap, tables, and the command that makes them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import yaml
+
+from dldkit.bin import compare
+from dldkit.errors import UserError
+from dldkit.report.comparison import (
+    Run,
+    difference,
+    epochs_of_equal_cost,
+    load_runs,
+    mean_depth,
+    record,
+    tables,
+)
+from dldkit.report.tables import BEGIN, END
+
+MACS = {str(depth): 40 + 10 * depth for depth in range(1, 13)}
+
+
+def run_of(system, seed=1, epochs=8, depth=12.0, errors=None, **others):
+    """A run on one test set of four utterances with ten words each."""
+    return Run(
+        system=system,
+        seed=seed,
+        epochs=epochs,
+        steps=100 * epochs,
+        depth=depth,
+        macs=MACS,
+        words={"test": [10] * 4},
+        errors={"test": errors or {"12": [1, 1, 1, 1]}},
+        conf={},
+        environment={},
+        **others,
+    )
+
+
+def config(**encoder):
+    return {"encoder_conf": {"num_blocks": 12, **encoder}}
+
+
+class TestCost:
+    @pytest.mark.parametrize(
+        "encoder, model, expected",
+        [
+            (dict(depth_sampler="full"), {}, 12),
+            (dict(depth_sampler="full"), dict(reference="self"), 12),
+            (dict(depth_sampler="uniform"), {}, 6.5),
+            (dict(depth_sampler="uniform", min_depth=3), {}, 7.5),
+            # Bernoulli gates without the draw of no layer at all
+            ({}, {}, 6 / (1 - 0.5**12)),
+            (dict(depth_sampler={12: 1, 2: 3}), {}, 4.5),
+            # full, smallest and one drawn depth; nested ones are on the way
+            (dict(depth_sampler="uniform"), dict(reference="self"), 12 + 1 + 6.5),
+            (
+                dict(depth_sampler="uniform", layer_choice="prefix"),
+                dict(sandwich=2),
+                12,
+            ),
+        ],
+    )
+    def test_of_a_step_is_the_mean_depth_of_its_forwards(
+        self, encoder, model, expected
+    ):
+        found = mean_depth({**config(**encoder), "model_conf": model})
+        assert found == pytest.approx(expected)
+
+    def test_that_is_equal_takes_more_epochs_of_smaller_models(self):
+        runs = [run_of("static12")]
+        # 160 against 100 and 60 MACs
+        assert epochs_of_equal_cost(runs, "static12", 10, 6) == 16
+        assert epochs_of_equal_cost(runs, "static12", 9, 2) == 24
+        with pytest.raises(UserError, match="no run of static8 yet: run stage 2"):
+            epochs_of_equal_cost(runs, "static8", 10, 6)
+
+
+class TestDifference:
+    def test_is_that_of_the_error_rates(self):
+        ours = [run_of("a", seed=s, errors={"12": [0, 1, 0, s]}) for s in (1, 2)]
+        theirs = [run_of("b", seed=s, errors={"6": [2, 2, 2, 2]}) for s in (2, 1)]
+        found, low, high = difference(ours, theirs, "test", 12, 6)
+        assert found == pytest.approx(100 * (2.5 - 8) / 40)
+        assert low < found < high < 0
+
+    def test_interval_is_the_normal_one_for_many_utterances(self):
+        rng = np.random.default_rng(3)
+        errors = rng.poisson(1.0, (2, 800))
+        ours, theirs = (
+            [run_of("a", errors={"12": row.tolist()})] for row in errors.astype(int)
+        )
+        for run in (*ours, *theirs):
+            run.words = {"test": [5] * 800}
+        found, low, high = difference(ours, theirs, "test", 12, 12)
+        error = (errors[0] - errors[1]).std() / math.sqrt(800) / 5 * 100
+        assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+        assert (high + low) / 2 == pytest.approx(found, abs=0.1 * error)
+
+    def test_is_paired(self):
+        """Equal errors differ by nothing, however much utterances and seeds differ."""
+        ours = [run_of("a", seed=s, errors={"12": [0, 9, 3, s]}) for s in (1, 7)]
+        assert difference(ours, ours, "test", 12, 12) == (0.0, 0.0, 0.0)
+
+    def test_needs_common_seeds(self):
+        with pytest.raises(UserError, match="a and b have no seed in common"):
+            difference([run_of("a", 1)], [run_of("b", 2)], "test", 12, 12)
+
+
+class TestTables:
+    def runs(self):
+        return [
+            run_of("static12", errors={"12": [1, 2, 1, 2]}),
+            run_of("static6", errors={"6": [1, 1, 1, 1]}),
+            run_of("static6", epochs=13, errors={"6": [0, 0, 0, 0]}),
+            run_of("dld", depth=6.5, errors={"12": [3, 3, 3, 3], "6": [2, 1, 1, 1]}),
+            run_of("ours", depth=6.5, errors={"12": [0, 0, 0, 0], "6": [1, 1, 1, 2]}),
+        ]
+
+    def test_compare_equal_epochs_with_each_other(self):
+        systems = ["static12", "static6", "dld", "ours"]
+        budgets = {"steps": dict.fromkeys(systems, 8)}
+        text = tables(self.runs(), systems, budgets)
+        rows = {
+            (cells[1], len(cells) - 2): cells[2:-1]
+            for cells in ([c.strip() for c in r.split("|")] for r in text.splitlines())
+            if len(cells) > 3
+        }
+        assert rows["static6", 6] == ["1", "8", "800", "6.0", "0.62"]
+        assert rows["dld", 6] == ["1", "8", "800", "6.5", "0.66"]
+        assert rows["static, one model per depth", 3] == ["15.00", "10.00"]
+        assert rows["ours", 3] == ["0.00", "12.50"]
+        # at depth 12, who has static6 would not ship static12
+        assert rows["static", 3][0] == "**-10.00 [-10.00, -10.00]** (static6)"
+        assert rows["static", 3][1].startswith("+2.50 [+0.00,")
+        assert rows["dld", 3][0] == "**-30.00 [-30.00, -30.00]**"
+        assert rows["dld", 3][1].startswith("+0.00 [")
+
+    def test_take_the_epochs_of_the_budget(self):
+        budgets = {"arithmetic": {"static12": 8, "static6": 13}}
+        text = tables(self.runs(), ["static12", "static6"], budgets)
+        assert "15.00" in text and "0.00" in text and "10.00" not in text
+
+    def test_need_the_deepest_model(self):
+        with pytest.raises(UserError, match="no run of static10 yet"):
+            tables(self.runs(), ["static10"], {"steps": {"static10": 8}})
+
+
+class TestCommand:
+    @pytest.fixture
+    def exp(self, student, corpus, tmp_path):
+        """A trained model with results as decoding leaves them."""
+        exp = tmp_path / "exp"
+        exp.mkdir()
+        for file in student.iterdir():
+            (exp / file.name).symlink_to(file)
+        for depth, text in ((4, "x two nine"), (2, "x two two two")):
+            directory = exp / "compared" / f"depth{depth}" / "dev"
+            directory.mkdir(parents=True)
+            others = "y eight three zero\nz four one\n"
+            (directory / "text").write_text(f"{text}\n{others}")
+        return exp
+
+    @pytest.fixture
+    def recorded(self, exp, corpus, tmp_path):
+        file = tmp_path / "results" / "dld_e3_seed7.json"
+        compare.main(
+            f"record --exp {exp} --inference_tag compared --name static4 --seed 7 "
+            f"--data_root {corpus.dev.parent} --output {file}".split()
+        )
+        return file
+
+    def test_records_a_run(self, recorded, exp):
+        (run,) = load_runs(recorded.parent)
+        assert (run.system, run.seed, run.epochs) == ("static4", 7, 3)
+        assert run.steps == 9  # nine utterances, three at a time
+        assert 1 <= run.depth <= 4
+        assert run.words == {"dev": [2, 3, 2]}
+        assert run.errors == {"dev": {"2": [2, 0, 0], "4": [0, 0, 0]}}
+        assert run.error_rate("dev", 2) == pytest.approx(100 * 2 / 7)
+        costs = [run.macs[str(depth)] for depth in (1, 2, 3, 4)]
+        assert costs[1] - costs[0] == pytest.approx(costs[3] - costs[2], rel=1e-6)
+        assert costs[0] < costs[1]
+
+    def test_puts_tables_between_the_marks(self, recorded, tmp_path, capsys):
+        readme = tmp_path / "README.md"
+        readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config()))
+        arguments = f"--results {recorded.parent} --epochs 3 --configs"
+        command = ["--command", "local/compare.sh", "--readme", str(readme)]
+        compare.main(
+            f"table {arguments} {tmp_path}/c.yaml --budgets steps --systems static4"
+            "".split() + command
+        )
+        text = readme.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n")
+        assert "local/compare.sh" in text and "static, one model per depth" in text
+
+    def test_tells_epochs_of_equal_cost(self, recorded, tmp_path, capsys):
+        macs = {str(depth): 40 + 10 * depth for depth in range(1, 5)}
+        run = {**json.loads(recorded.read_text()), "macs": macs}
+        recorded.write_text(json.dumps(run))
+        systems = tmp_path / "systems"
+        systems.mkdir()
+        (systems / "mine.yaml").write_text("encoder_conf: {depth_sampler: uniform}")
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config(num_blocks=4)))
+        for system, expected in (("mine", 12), ("static4", 10), ("static1", 16)):
+            compare.main(
+                f"epochs --system {system} --results {recorded.parent} --epochs 10 "
+                f"--deepest static4 --configs {tmp_path}/c.yaml {systems}".split()
+            )
+            assert capsys.readouterr().out.strip() == str(expected)
+
+    def test_refuses_what_is_no_run(self, recorded, tmp_path):
+        (recorded.parent / "x.json").write_text("{}")
+        with pytest.raises(UserError, match=r"x\.json is no run .*: remove it"):
+            load_runs(recorded.parent)
+
+    def test_refuses_what_is_not_decoded(self, static, corpus):
+        with pytest.raises(UserError, match="no decoded text: run stage 12"):
+            record(static, "none", "static4", 0, corpus.dev.parent)
