@@ -12,13 +12,14 @@ from dldkit.errors import report_user_errors
 from dldkit.options import command_parser, parse, positive
 from dldkit.report.comparison import (
     SAMPLES,
+    Run,
     epochs_of_equal_cost,
     load_runs,
     mean_depth,
     record,
     tables,
 )
-from dldkit.report.tables import put_between_marks
+from dldkit.step import atomic
 
 LEGEND = (
     "Word error rate in %, mean ± standard deviation over the seeds. Differences have "
@@ -52,9 +53,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--configs", nargs="+", type=Path, required=True, help="config, directories")
     _add_common(add)
     add("--deepest", required=True, help="name of the deepest static model")
-    add = commands.add_parser(
-        "table", help="put the tables into README.md"
-    ).add_argument
+    add = commands.add_parser("table", help="write the tables to a file").add_argument
     _add_common(add)
     add(
         "--systems",
@@ -63,7 +62,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--budgets", required=True, help="steps, arithmetic")
     add("--configs", nargs="+", type=Path, required=True, help="config, directories")
-    add("--readme", type=Path, required=True, help="with the marks of a comparison")
+    add("--output", type=Path, required=True, help="the file, in Markdown")
     add("--command", required=True, help="that made the comparison")
     return parser
 
@@ -86,6 +85,11 @@ def _epochs(args: argparse.Namespace, system: str, deepest: str, budget: str) ->
     return epochs_of_equal_cost(load_runs(args.results), deepest, args.epochs, depth)
 
 
+def _machine(run: Run) -> str:
+    names = ("espnet", "torch", "python", "gpu", "cpu")
+    return ", ".join(f"{name} {run.environment[name]}" for name in names)
+
+
 @report_user_errors
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Run one of the commands."""
@@ -101,10 +105,13 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             budget: {s: _epochs(args, s, systems[0], budget) for s in systems}
             for budget in args.budgets.split()
         }
-        body = tables(load_runs(args.results), systems, budgets)
-        made = f"Made by `{args.command.strip()}` on {date.today()}, on CPU."
-        text = "\n\n".join([LEGEND, body, made])
-        put_between_marks(args.readme, text)
+        runs = load_runs(args.results)
+        machines = "; ".join(sorted({_machine(run) for run in runs}))
+        made = f"Made by `{args.command.strip()}` on {date.today()}. Runs: {machines}."
+        body = tables(runs, systems, budgets)
+        text = "\n\n".join(["# Systems compared", LEGEND, body, made])
+        with atomic(args.output) as new:
+            new.write_text(f"{text}\n", encoding="utf-8")
         print(text)
 
 

@@ -61,7 +61,8 @@ def collect_scores(
 ) -> list[Result]:
     """Score ``EXP/TAG/depthN/SET/text`` against ``DATA_ROOT/SET/text``.
 
-    A depth that was not decoded is left out, with a line in the log.
+    A depth that a system was not decoded at is left out; where that is so for all
+    systems, with a line in the log.
 
     Raises:
         UserError: a system has no decoded depth, or a text does not fit its test set.
@@ -80,11 +81,6 @@ def collect_scores(
                     f"{decoded[0][1]} and at depths {' '.join(map(str, depths))}; "
                     "decode it first"
                 )
-            if left_out:
-                logging.warning(
-                    f"system {system}, {test_set}: not decoded at depth "
-                    f"{' '.join(map(str, left_out))}, left out"
-                )
             for depth, text in decoded:
                 if depth not in left_out:
                     words, characters = score_files(data_root / test_set / "text", text)
@@ -100,6 +96,8 @@ def collect_scores(
                             not_decoded=not_decoded(data_root / test_set, text.parent),
                         )
                     )
+    if missing := [str(d) for d in depths if d not in {r.depth for r in results}]:
+        logging.warning(f"nothing is decoded at depth {' '.join(missing)}: left out")
     return results
 
 

@@ -18,7 +18,6 @@ from dldkit.report.comparison import (
     record,
     tables,
 )
-from dldkit.report.tables import BEGIN, END
 
 MACS = {str(depth): 40 + 10 * depth for depth in range(1, 13)}
 
@@ -185,19 +184,19 @@ class TestCommand:
         assert costs[1] - costs[0] == pytest.approx(costs[3] - costs[2], rel=1e-6)
         assert costs[0] < costs[1]
 
-    def test_puts_tables_between_the_marks(self, recorded, tmp_path, capsys):
-        readme = tmp_path / "README.md"
-        readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    def test_writes_tables(self, recorded, tmp_path):
+        tables = tmp_path / "README.md"
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(config()))
-        arguments = f"--results {recorded.parent} --epochs 3 --configs"
-        command = ["--command", "local/compare.sh", "--readme", str(readme)]
         compare.main(
-            f"table {arguments} {tmp_path}/c.yaml --budgets steps --systems static4"
-            "".split() + command
+            f"table --results {recorded.parent} --epochs 3 --configs {tmp_path}/c.yaml "
+            f"--budgets steps --systems static4 --output {tables} "
+            "--command local/compare.sh".split()
         )
-        text = readme.read_text()
-        assert text.startswith("before\n") and text.endswith("\nafter\n")
-        assert "local/compare.sh" in text and "static, one model per depth" in text
+        text = tables.read_text()
+        assert "Made by `local/compare.sh` on" in text and "torch" in text
+        assert "|static, one model per depth|" in text.replace(" | ", "|").replace(
+            "| ", "|"
+        )
 
     def test_tells_epochs_of_equal_cost(self, recorded, tmp_path, capsys):
         macs = {str(depth): 40 + 10 * depth for depth in range(1, 5)}

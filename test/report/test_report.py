@@ -96,7 +96,7 @@ def test_what_was_not_decoded_counts_as_deletions_and_is_listed(decoded):
 
 def test_a_depth_that_was_not_decoded_is_left_out(decoded, caplog):
     assert [r.depth for r in collect(decoded, depths=[6, 4, 3])] == [4]
-    assert "not decoded at depth 6 3, left out" in caplog.text
+    assert "nothing is decoded at depth 6 3: left out" in caplog.text
     with pytest.raises(UserError, match="system dld: nothing is decoded on test"):
         collect(decoded, depths=[6])
 

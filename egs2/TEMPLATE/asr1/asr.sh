@@ -293,14 +293,6 @@ num_layers() { # num_layers EXP
     "${python}" -m dldkit.bin.merge_config "$1/config.yaml" --select encoder_conf.num_blocks
 }
 
-existing_depths() { # existing_depths EXP DEPTHS: those that the encoder has
-    local depth layers
-    layers=$(num_layers "$1")
-    for depth in $2; do
-        if [ "${depth}" -le "${layers}" ]; then echo "${depth}"; fi
-    done | sort -rnu | tr '\n' ' '
-}
-
 decode() { # decode EXP DEPTHS CALIBRATED_DEPTHS
     local exp=$1 set data_dirs=()
     stage_needs "${exp}/${inference_asr_model}" "its training"
@@ -385,10 +377,8 @@ fi
 if run_stage 8 "${no_reference}" "${skip_reference}" "${skip_eval}"; then
     log "Stage 8: Reference decoding: ${reference_exp}/${inference_tag}"
     stage_needs "${reference_exp}/${inference_asr_model}" "stage 7"
-    full=$(num_layers "${reference_exp}")
-    depths=$(existing_depths "${reference_exp}" "${full} ${inference_depths}")
-    # Its own statistics fit its full depth; the others are calibrated, as the student's.
-    decode "${reference_exp}" "${depths}" "${depths#"${full} "}"
+    # at the one depth that it was trained for, which its own statistics fit
+    decode "${reference_exp}" "$(num_layers "${reference_exp}")" ""
 fi
 
 if run_stage 9 "${no_posteriors}" "${skip_reference}" "${skip_train}"; then

@@ -10,7 +10,7 @@
 #
 # Stages:
 #    1 data and statistics           3 all other systems
-#    2 the deepest static models     4 tables in README.md
+#    2 the deepest static models     4 tables: README.md in --results
 [ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 
@@ -71,6 +71,10 @@ one_run() { # one_run SYSTEM EPOCHS SEED
     file=$(file_of "$@")
     log "${name}: log in ${expdir}/log/${name}.log"
     {
+        # where only its file came along, the reference is trained again
+        if [[ $1 != static* ]]; then
+            run_recipe "${deepest}" "${epochs}" "$3" --stage 11 --stop_stage 11
+        fi
         run_recipe "$@" --stage 9 --stop_stage 12
         compare record --exp "${expdir}/asr_${name}" --inference_tag compared \
             --name "$1" --seed "$3" --data_root dump/raw --output "${file}"
@@ -116,9 +120,9 @@ if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
     run_all "${all_systems[@]:1}"
 fi
 if [ "${stage}" -le 4 ] && [ "${stop_stage}" -ge 4 ]; then
-    log "Stage 4: tables in README.md"
+    log "Stage 4: tables: ${results}/README.md"
     compare table --results "${results}" --systems "${systems}" --epochs "${epochs}" \
         --configs "${asr_config}" ../../../conf/systems conf/systems \
-        --budgets "${budgets}" --readme README.md \
+        --budgets "${budgets}" --output "${results}/README.md" \
         --command "local/compare.sh $(printf '%q ' "$@")"
 fi

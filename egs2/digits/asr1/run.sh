@@ -6,9 +6,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 ../../TEMPLATE/asr1/asr.sh \
-    --train_set train \
-    --valid_set dev \
-    --test_sets "test_seen test_unseen" \
+    --train_set train_noisy \
+    --valid_set dev_noisy \
+    --test_sets "test_seen test_seen_10db test_unseen test_unseen_10db" \
     --fs 8000 \
     --token_type word \
     --max_wav_duration 15 \
