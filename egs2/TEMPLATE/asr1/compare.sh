@@ -9,7 +9,7 @@
 # interrupted, and goes on elsewhere with these files alone.
 #
 # Stages:
-#    1 data and statistics           3 all other systems
+#    1 data                          3 all other systems
 #    2 the deepest static models     4 tables: README.md in --results
 [ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
@@ -57,7 +57,9 @@ run_recipe() { # run_recipe SYSTEM EPOCHS SEED [options of run.sh]...
         *)
             options+=(--system "${system}" --inference_depths "${depths}")
             options+=(--asr_args "--max_epoch ${run_epochs}" --kd_source cached)
-            options+=(--reference "${expdir}/asr_${deepest}_e${epochs}_seed${seed}")
+            # where only its file came along, it is trained again
+            options+=(--reference_tag "${deepest}_e${epochs}_seed${seed}")
+            options+=(--reference_args "--max_epoch ${epochs} --encoder_conf num_blocks=${deepest#static}")
             ;;
     esac
     eval "set -- ${run_opts} $(printf '%q ' "$@")"
@@ -71,11 +73,7 @@ one_run() { # one_run SYSTEM EPOCHS SEED
     file=$(file_of "$@")
     log "${name}: log in ${expdir}/log/${name}.log"
     {
-        # where only its file came along, the reference is trained again
-        if [[ $1 != static* ]]; then
-            run_recipe "${deepest}" "${epochs}" "$3" --stage 11 --stop_stage 11
-        fi
-        run_recipe "$@" --stage 9 --stop_stage 12
+        run_recipe "$@" --stage 6 --stop_stage 12 --skip_stages 8
         compare record --exp "${expdir}/asr_${name}" --inference_tag compared \
             --name "$1" --seed "$3" --data_root dump/raw --output "${file}"
     } >>"${expdir}/log/${name}.log" 2>&1 ||
@@ -107,9 +105,8 @@ export asr_config depths deepest epochs expdir results run_opts
 mkdir -p "${expdir}/log" "${results}"
 
 if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
-    log "Stage 1: data and statistics"
+    log "Stage 1: data"
     run_recipe "${deepest}" "${epochs}" "${seeds%% *}" --stage 1 --stop_stage 5
-    run_recipe "${deepest}" "${epochs}" "${seeds%% *}" --stage 10 --stop_stage 10
 fi
 if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ]; then
     log "Stage 2: ${deepest}, the reference of others"
