@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Optional, Sequence
 
-import numpy as np
 from digits import DEV, TEST, TRAIN, WORDS, Corpus, DigitSet, find_corpus, write_set
 
 from dldkit.data.datadir import Table, read_table, write_data_dir
