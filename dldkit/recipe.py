@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 from argparse import ArgumentTypeError
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dldkit.bin.merge_config import merge_files
 from dldkit.errors import UserError
-from dldkit.options import sampling_rate
+from dldkit.options import depth_list, sampling_rate
 
 CHOICES = {
     "feats_type": ["raw", "fbank", "extracted"],
@@ -159,7 +159,8 @@ def _check_common(options: Mapping[str, str]) -> dict[str, str]:
     if options["hf_repo"] and not re.fullmatch(r"[\w.-]+/[\w.-]+", options["hf_repo"]):
         raise UserError(f"--hf_repo {options['hf_repo']}: write user/name")
     _check_launch(options)
-    return {"fs": _sampling_rate(options["fs"]), "skip_stages": " ".join(skipped)}
+    rate = _parsed(sampling_rate, options, "fs")
+    return {"fs": str(rate), "skip_stages": " ".join(skipped)}
 
 
 def _check_launch(options: Mapping[str, str]) -> None:
@@ -192,11 +193,12 @@ def _check_sets(options: Mapping[str, str]) -> None:
         )
 
 
-def _sampling_rate(text: str) -> str:
+def _parsed(parse: Callable[[str], Any], options: Mapping[str, str], name: str) -> Any:
+    """Read an option as the commands do."""
     try:
-        return str(sampling_rate(text))
+        return parse(options[name])
     except ArgumentTypeError as error:
-        raise UserError(f"--fs {error}") from None
+        raise UserError(f"--{name} {error}") from None
 
 
 def _integer(name: str, text: str, least: int, most: float = math.inf) -> None:
@@ -311,18 +313,15 @@ def _is_open(config: DictConfig, key: str) -> bool:
 
 def _depths(options: Mapping[str, str], name: str, layers: Any) -> str:
     """Return "12,6 2" as "12 6 2"."""
-    depths = options[name].replace(",", " ").split()
-    for depth in depths:
-        if not re.fullmatch(r"\d+", depth) or int(depth) < 1:
-            raise UserError(
-                f'--{name} {options[name]}: write numbers of layers, such as "12 6 2"'
-            )
-        if isinstance(layers, int) and int(depth) > layers:
-            raise UserError(
-                f"--{name} {options[name]}: the encoder has {layers} layers, so choose "
-                f"depths from 1 to {layers}"
-            )
-    return " ".join(dict.fromkeys(depths))
+    if not options[name].strip():
+        return ""
+    depths = _parsed(depth_list, options, name)
+    if isinstance(layers, int) and max(depths) > layers:
+        raise UserError(
+            f"--{name} {options[name]}: the encoder has {layers} layers, so choose "
+            f"depths from 1 to {layers}"
+        )
+    return " ".join(map(str, depths))
 
 
 def _check_checkpoint(

@@ -26,6 +26,7 @@ from dldkit.data.datadir import (
 )
 from dldkit.errors import UserError
 from dldkit.parallel import parallel_map
+from dldkit.step import atomic
 
 CHUNK = 500  # utterances per job, and per ark
 
@@ -187,9 +188,8 @@ def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> O
     outcome = write(chunk, Path(dst) / "data" / f"{index:05d}", form)
     if not outcome.dropped:
         result.parent.mkdir(exist_ok=True)
-        part = result.with_suffix(".part")
-        part.write_text(json.dumps(asdict(outcome)))
-        part.replace(result)
+        with atomic(result) as part:
+            part.write_text(json.dumps(asdict(outcome)))
     return outcome
 
 

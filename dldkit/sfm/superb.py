@@ -20,7 +20,7 @@ import yaml
 
 from dldkit.errors import UserError
 from dldkit.report.tables import markdown
-from dldkit.step import Step
+from dldkit.step import Step, atomic
 
 INSTALL = (
     "DLDKIT_EXTRAS=espeak,sfm,test,superb tools/install.sh, or pip install "
@@ -298,16 +298,17 @@ def fetch_lists(tasks: Sequence[str], list_dir: Path) -> None:
             if path.is_file():
                 continue
             logging.info(f"{task}: downloading {url} to {path}")
-            part = path.with_name(f"{name}.part")
             try:
-                with urllib.request.urlopen(url, timeout=60) as response:
+                with (
+                    urllib.request.urlopen(url, timeout=60) as response,
+                    atomic(path) as part,
+                ):
                     part.write_bytes(response.read())
             except (OSError, HTTPException) as error:
                 raise UserError(
                     f"{task.upper()} needs {url}, which can not be downloaded "
                     f"({error}): fetch it elsewhere, and put it at {path}"
                 ) from error
-            part.rename(path)
 
 
 def run(

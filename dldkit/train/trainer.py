@@ -144,9 +144,8 @@ def _atomic_saves():
         if not isinstance(path, (str, Path)):  # a buffer
             return save(states, path, *args, **kwargs)
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        save(states, partial, *args, **kwargs)
-        partial.replace(_pending(path) if path.name == CHECKPOINT else path)
+        with atomic(_pending(path) if path.name == CHECKPOINT else path) as part:
+            save(states, part, *args, **kwargs)
 
     with patched(torch, "save", save_atomically):
         yield
