@@ -229,7 +229,7 @@ class Lock:
                 if not self.wait:
                     raise UserError(f"{message}: start again when that has ended")
                 logging.warning(f"{message}: waiting for it")
-            time.sleep(0.2 if STALE < 10 else 1)
+            time.sleep(min(HEARTBEAT, 1))
         self._stop.clear()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -287,7 +287,7 @@ class Lock:
         try:
             breaking.touch(exist_ok=False)
         except FileExistsError:  # by another one, or left over from one that was killed
-            time.sleep(2 * HEARTBEAT if STALE >= 10 else 0.5)
+            time.sleep(2 * HEARTBEAT)
             breaking.unlink(missing_ok=True)
             return
         if self._holder() == stale:

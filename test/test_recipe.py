@@ -30,7 +30,7 @@ def run_recipe(recipe, *words, shell=(), **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     return process.returncode, process.stdout
 

@@ -1,6 +1,7 @@
 """Steps and locks, with real processes that are killed."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from dldkit.step import Lock, Step, atomic
 HOLDER = textwrap.dedent("""
     import sys
     from dldkit import step
-    step.HEARTBEAT, step.STALE = 0.2, 2
+    step.HEARTBEAT, step.STALE = 0.3, 4
     if sys.argv[2] == "elsewhere":  # as a process of another machine would look
         step._machine = lambda: "another"
     with step.Lock(sys.argv[1]):
@@ -30,8 +31,8 @@ HOLDER = textwrap.dedent("""
 @pytest.fixture
 def quick(monkeypatch):
     """Heartbeats as `HOLDER` has them."""
-    monkeypatch.setattr(step, "HEARTBEAT", 0.2)
-    monkeypatch.setattr(step, "STALE", 2)
+    monkeypatch.setattr(step, "HEARTBEAT", 0.3)
+    monkeypatch.setattr(step, "STALE", 4)
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_second_process_waits_and_names_the_holder(quick, holder, tmp_path, capl
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(3)  # longer than STALE: the first one is alive
+    time.sleep(5)  # longer than STALE: the first one is alive
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == first.pid
     first.communicate("")  # it ends
     assert second.stdout.readline() == "held\n"
@@ -178,13 +179,13 @@ def test_second_process_waits_and_names_the_holder(quick, holder, tmp_path, capl
     assert not (tmp_path / ".lock").exists()
 
 
-def test_lock_of_a_killed_process_is_taken_over_at_once(quick, holder, tmp_path):
+def test_lock_of_a_killed_process_is_taken_over_at_once(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "STALE", math.inf)  # no heartbeat is waited for
     process = holder()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    begun = time.monotonic()
     with Lock(tmp_path / ".lock"):
-        assert time.monotonic() - begun < 1
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 def test_lock_of_another_machine_is_stale_without_heartbeat(quick, holder, tmp_path):
@@ -193,17 +194,18 @@ def test_lock_of_another_machine_is_stale_without_heartbeat(quick, holder, tmp_p
     process.wait()
     begun = time.monotonic()
     with Lock(tmp_path / ".lock"):
-        assert time.monotonic() - begun > 2
+        assert time.monotonic() - begun > 4
 
 
 def test_who_lost_the_lock_stops(holder, tmp_path):
     process = holder()
-    (tmp_path / ".lock").unlink()
-    time.sleep(1)  # it was removed by mistake: it is put back
+    (tmp_path / ".lock").unlink()  # by mistake: it is put back
+    while not (tmp_path / ".lock").exists() or not (tmp_path / ".lock").read_text():
+        time.sleep(0.1)
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == process.pid
     other = json.loads((tmp_path / ".lock").read_text()) | {"token": "of another one"}
     (tmp_path / ".lock").write_text(json.dumps(other))
-    assert process.wait(10) == -signal.SIGTERM
+    assert process.wait(60) == -signal.SIGTERM
 
 
 def test_of_many_waiting_processes_one_holds_it_at_a_time(tmp_path):
@@ -211,7 +213,7 @@ def test_of_many_waiting_processes_one_holds_it_at_a_time(tmp_path):
     work = textwrap.dedent("""
         import pathlib, sys, time
         from dldkit import step
-        step.HEARTBEAT, step.STALE = 0.2, 2
+        step.HEARTBEAT, step.STALE = 0.3, 4
         with step.Lock(sys.argv[1] + "/.lock"):
             path = pathlib.Path(sys.argv[1], "count")
             count = int(path.read_text())

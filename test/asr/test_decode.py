@@ -131,6 +131,17 @@ def test_other_options_a_profile_and_other_data_are_decoded_again(
     assert list(read(experiment / "greedy/depth2/dev/text")) == ["x"]
 
 
+def test_what_a_config_says_counts_and_not_its_name(run, corpus, tmp_path):
+    one = dict(depths=[2], sets=[corpus.dev])
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    files[0].write_text("beam_size: 2\nctc_weight: 1.0\nbatch_size: 1\n")
+    assert run(**one, args=["--config", str(files[0])]) == 1
+    shutil.copy(*files)
+    assert run(**one, args=["--config", str(files[1])]) == 0
+    files[1].write_text("beam_size: 3\nctc_weight: 1.0\nbatch_size: 1\n")
+    assert run(**one, args=["--config", str(files[1])]) == 1
+
+
 def test_an_interrupted_run_is_not_taken_for_a_complete_one(
     run, experiment, monkeypatch
 ):

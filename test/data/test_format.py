@@ -65,7 +65,7 @@ def test_two_jobs_at_once_format_once(train, tmp_path):
     jobs = [
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    logs = [job.communicate(timeout=120)[1] for job in jobs]
+    logs = [job.communicate(timeout=300)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]
     assert sum("formatting" in log for log in logs) == 1
     assert sorted(scp(tmp_path / "out")) == sorted(scp(train))

@@ -17,6 +17,7 @@ from dldkit.asr.collection import collect_posteriors
 from dldkit.asr.inference import Speech2Text
 from dldkit.bin.asr_train import main
 from dldkit.errors import UserError
+from dldkit.step import Lock
 from dldkit.tasks.asr import DLDASRTask
 from dldkit.train.experiment import experiment
 
@@ -172,25 +173,31 @@ def test_statistics_are_shared_and_collected_once(corpus, tmp_path, caplog):
 @pytest.mark.integration
 def test_two_jobs_in_one_directory(corpus, python, tmp_path):
     """One trains, the other waits and uses what it made; both end well."""
+    exp = tmp_path / "exp"
     command = [sys.executable, "-m", "dldkit.bin.asr_train"]
-    command += corpus.training(tmp_path / "exp", max_epoch=60)
+    command += corpus.training(exp, max_epoch=20)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `python` has it
-    jobs = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
-    ]
-    logs = [job.communicate(timeout=240)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0]
-    trained = ["1epoch results" in log for log in logs]
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    with Lock(exp / ".lock"):  # so that both want it at once, however slow they start
+        jobs = []
+        for log in logs:
+            with open(log, "w") as stderr:
+                jobs.append(subprocess.Popen(command, stderr=stderr, env=environment))
+        while not all(f"process {os.getpid()}" in log.read_text() for log in logs):
+            assert [job.poll() for job in jobs] == [None, None]
+            time.sleep(0.1)
+    assert [job.wait(240) for job in jobs] == [0, 0]
+    texts = [log.read_text() for log in logs]
+    trained = ["1epoch results" in text for text in texts]
     assert sorted(trained) == [False, True]
-    waiting = logs[trained.index(False)]
+    waiting = texts[trained.index(False)]
     holder = jobs[trained.index(True)].pid
     assert f"is in use by process {holder}" in waiting
     assert "is finished already" in waiting
     alone = tmp_path / "alone"
-    python("-m", "dldkit.bin.asr_train", *corpus.training(alone, max_epoch=60))
+    python("-m", "dldkit.bin.asr_train", *corpus.training(alone, max_epoch=20))
     for key, value in torch.load(alone / MODEL).items():
-        assert torch.equal(value, torch.load(tmp_path / "exp" / MODEL)[key])
+        assert torch.equal(value, torch.load(exp / MODEL)[key])
 
 
 @pytest.mark.integration

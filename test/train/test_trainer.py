@@ -88,7 +88,7 @@ def test_killed_at_any_moment_a_run_ends_like_an_unbroken_one(
     ]
     for moment in moments:
         process = processes(command, moment)
-        process.join(120)
+        process.join(300)
         assert process.exitcode == -signal.SIGKILL, moment
     resumed = python("-m", "dldkit.bin.asr_train", *command)
     assert "The training was resumed" in resumed.stderr
@@ -137,7 +137,7 @@ def test_a_kill_between_two_epochs_never_loses_the_best_model(
         exp = tmp_path / str(operation) / "exp"
         command = corpus.training(exp, **changes)
         process = processes(command, f"operation {operation}")
-        process.join(120)
+        process.join(300)
         if process.exitcode == 0:  # the third epoch is over
             break
         assert process.exitcode == -signal.SIGKILL
@@ -180,7 +180,7 @@ def test_layers_are_drawn_alike_on_all_ranks(dld_training, processes, tmp_path):
         for rank in (0, 1)
     ]
     for process in ranks:
-        process.join(120)
+        process.join(300)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
