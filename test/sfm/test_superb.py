@@ -249,7 +249,7 @@ def test_keyword_spotting_runs_resumes_and_reports(upstream, speech_commands, tm
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=800,
+            timeout=1700,
         )
         assert process.returncode == status, process.stdout
         return process.stdout
