@@ -414,10 +414,45 @@ def test_systems_without_a_reference_and_references_that_exist(an4):
         assert f"Stage {stage}: skipped: rd needs no reference" in text
     assert (an4.exp / "mine" / "valid.loss_ctc.ave.pth").exists()
     own = ["--reference", an4.exp / "mine", "--asr_tag", "second"]
+    checkpoint = an4.exp / "mine" / "valid.loss_ctc.ave.pth"
+    own += ["--pretrained_model", checkpoint, "--asr_stats_dir", an4.exp / "my stats"]
     text = an4.run(*words, *own, "--asr_args", "--max_epoch 1")
     assert f"Stage 7: skipped: the reference is {an4.exp}/mine" in text
     config = yaml.safe_load((an4.exp / "asr_second" / "config.yaml").read_text())
     assert config["model_conf"]["reference"] == f"{an4.exp}/mine"
+    assert config["init_param"] == [str(checkpoint)]
+    assert (an4.exp / "my stats" / "train" / "feats_stats.npz").is_file()
+
+
+def test_decoding_with_a_language_model_of_espnet(an4, tmp_path):
+    from dldkit.asr.inference import Speech2Text
+
+    lm = an4.exp / "lm"
+    command = [sys.executable, "-m", "espnet2.bin.lm_train", "--output_dir", lm]
+    command += "--token_type char --lm_conf unit=8 --lm_conf nlayers=1".split()
+    command += "--max_epoch 1 --batch_type unsorted --batch_size 4".split()
+    command += ["--token_list", "data/token_list/char/tokens.txt"]
+    for part, name in (("train", "train_nodev"), ("valid", "train_dev")):
+        text, shapes = an4.dump / "raw" / name / "text", an4.exp / "asr_stats_raw_char"
+        command += [f"--{part}_data_path_and_name_and_type", f"{text},text,text"]
+        command += [f"--{part}_shape_file", shapes / part / "text_shape"]
+    shell(*command, cwd=an4.recipe)
+    beam = dict(beam_size=2, ctc_weight=1.0, lm_weight=0.5)
+    config = tmp_path / "beam.yaml"
+    config.write_text(yaml.safe_dump({**beam, "batch_size": 1}))
+    words = ["--stage", 12, "--inference_depths", 2, "--skip_stages", "13 14 15"]
+    words += ["--use_lm", "true", "--lm_exp", lm, "--inference_config", config]
+    an4.run(*words)
+
+    tag = "decode_valid.loss_ctc.ave_beam_lm_lm_valid.loss.ave"
+    scores = an4.student / tag / "depth2" / "test" / "score"
+    found = re.search(r"\((.*)\)", scores.read_text().split("\n")[0])[1]
+    model = [an4.student / "config.yaml", an4.student / "valid.loss_ctc.ave.pth"]
+    files = [str(lm / name) for name in ("config.yaml", "valid.loss.ave.pth")]
+    for with_lm in (dict(zip(("lm_train_config", "lm_file"), files)), {}):
+        recognise = Speech2Text(*model, depth=2, **beam, **with_lm)
+        score = float(recognise(an4.utterance())[0][-1].score)
+        assert (score == pytest.approx(float(found), rel=1e-3)) == bool(with_lm)
 
 
 def test_cached_posteriors_are_data_of_the_student(an4):

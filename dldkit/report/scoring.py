@@ -178,8 +178,8 @@ def not_decoded(data_dir: Path, decoded_dir: Path) -> dict[str, str]:
     if (decoded_dir / "score").is_file():
         scores = read_table(decoded_dir / "score")
         for utt_id, text in read_text(decoded_dir / "text").items():
-            # a sum of logarithms is only 0 where there is no frame to add
-            if not text and float(scores[utt_id]) == 0:
+            # only a sum of no logarithms is 0; of beam search, they are `tensor(-9.5)`
+            if not text and scores[utt_id] == "0.0":
                 found[utt_id] = "too short for the encoder"
     return found
 

@@ -92,6 +92,9 @@ def test_what_was_not_decoded_counts_as_deletions_and_is_listed(decoded):
     assert "## Not decoded, counted as deletions\n\n- dld" in render([four], facts)
     four.not_decoded = {}
     assert "Not decoded" not in render([four], facts)
+    # as beam search writes it, for what it heard nothing in
+    write_table(exp / "score", {"u1": "tensor(-1.5)", "u2": "tensor(-2.5)"})
+    assert list(collect(decoded, depths=[4])[0].not_decoded) == ["u3"]
 
 
 def test_a_depth_that_was_not_decoded_is_left_out(decoded, caplog):
