@@ -54,10 +54,12 @@ def pack_asr(model_file: PathLike, outpath: PathLike, data_dir: PathLike) -> Non
         import numpy as np
 
         from dldkit.asr.inference import Speech2Text
+        from dldkit.asr.loading import without_espnets_news
         from dldkit.asr.speech import SpeechReader, utterance_ids
 
-        config = Path(model_file).with_name("config.yaml")
-        recognise = Speech2Text(config, model_file)
+        with without_espnets_news():
+            config = Path(model_file).with_name("config.yaml")
+            recognise = Speech2Text(config, model_file)
         utt_id = utterance_ids(data_dir)[0]
         speech = SpeechReader(data_dir, recognise.asr_train_args)(utt_id)
         np.save(work / "speech.npy", speech)

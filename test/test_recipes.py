@@ -283,6 +283,8 @@ def test_all_stages_of_mini_an4(an4):
     assert (
         "2epoch results: [train] " in an4.printed
     )  # progress of the trainings is seen
+    for no_news in ("WARNING", "Warning", "flash_attn"):
+        assert no_news not in an4.printed
     decoded_at = {an4.static: [4], an4.student: [4, 3, 2, 1]}
     for exp, depths in decoded_at.items():
         model = exp / "valid.loss_ctc.ave.pth"
