@@ -7,8 +7,8 @@ likely parts of its draws: their mean is that of a training. Beside each of them
 static step is timed, and the ratio of both is what counts.
 
 Arithmetic is that of matrix products and convolutions, from the log-mel features to
-CTC's logits: once forward, and twice as much backward; the forward alone for a live
-reference. STFT, activations, norms, softmax, losses and updates are not in it. Memory is
+CTC's logits: once forward, and twice as much backward; of a live reference, its forward
+alone. STFT, activations, norms, softmax, losses and updates are not in it. Memory is
 what the forward at full depth keeps for the backward.
 """
 
@@ -32,6 +32,7 @@ from tabulate import tabulate
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from dldkit.asr.loading import without_espnets_news
 from dldkit.asr.posteriors import pack
 from dldkit.asr.reference import POSTERIORS, LiveReference
 from dldkit.bin.merge_config import merge_configs
@@ -84,7 +85,8 @@ def build(config: DictConfig, vocab_size: int, directory: Path) -> ESPnetASRMode
     command = ["--config", str(file), "--output_dir", str(directory)]
     args = DLDASRTask.get_parser().parse_args(command)
     torch.manual_seed(0)
-    model = DLDASRTask.build_model(args)
+    with without_espnets_news():
+        model = DLDASRTask.build_model(args)
     with open(directory / "config.yaml", "w") as out:
         yaml_no_alias_safe_dump(vars(args), out)
     torch.save(model.state_dict(), directory / "valid.loss.best.pth")
