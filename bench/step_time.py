@@ -12,12 +12,12 @@ import itertools
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Callable, Optional, Sequence
 
 import torch
 import yaml
+from steps import times_in_turns, training_step
 from transformers import HubertConfig, HubertModel
 
 from dldkit.depth.growth import boundaries
@@ -64,16 +64,13 @@ def measure(
     steps: dict[str, dict[int, Callable[[], None]]], rounds: int
 ) -> dict[str, dict[int, float]]:
     """Return the median seconds of each step, measured in turns."""
-    times = {c: {d: [] for d in by_depth} for c, by_depth in steps.items()}
-    for _ in range(rounds + 1):
-        for case, by_depth in steps.items():
-            for depth, step in by_depth.items():
-                begin = time.perf_counter()
-                step()
-                times[case][depth].append(time.perf_counter() - begin)
+    flat = {
+        (c, d): step for c, by_depth in steps.items() for d, step in by_depth.items()
+    }
+    times = times_in_turns(flat, rounds)
     return {
-        case: {depth: statistics.median(t[1:]) for depth, t in by_depth.items()}
-        for case, by_depth in times.items()
+        case: {depth: statistics.median(times[case, depth]) for depth in by_depth}
+        for case, by_depth in steps.items()
     }
 
 
@@ -123,12 +120,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         def step() -> None:
             model._teacher, model._shares_cnn = teacher, shares_cnn
             layers.select(range(depth))
-            model(speech, lengths)[0].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            training_step(lambda: model(speech, lengths)[0], optimizer)
 
         return step
 
