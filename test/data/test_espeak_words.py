@@ -83,7 +83,7 @@ def test_no_sentence_is_said_in_two_sets(corpus):
 
 def test_words_are_drawn_as_zipf_says(words):
     """Of 2,000 words, and the counts fall as the law has it."""
-    made = words.SentenceSet("train", ["en-us+m1"], 20000, 0)
+    made = words.SentenceSet("train", ["en-us+m1"], 8000, 0)
     sentences = words.draw(made, (4, 10), 0).values()
     counts = Counter(word for s in sentences for word in s.text.split())
     assert len(counts) == 2000
@@ -93,7 +93,7 @@ def test_words_are_drawn_as_zipf_says(words):
     for rank in (0, 10, 100, 1000):
         share = np.mean(ranked[rank : rank + 10 + rank // 5]) / total
         law = np.mean([1 / (r + 20) for r in range(rank, rank + 10 + rank // 5)])
-        assert share == pytest.approx(law / harmonic, rel=0.1)
+        assert share == pytest.approx(law / harmonic, rel=0.15)
 
 
 def test_no_two_words_sound_alike(words):
@@ -116,13 +116,10 @@ def test_every_voice_speaks_and_none_clips(corpus):
         text = read_table(corpus / name / "text")
         for utt, audio in audio_of(corpus / name).items():
             assert np.abs(audio).max() == pytest.approx(0.5, abs=0.01)
-            per_word = len(audio) / words_fs / len(text[utt].split())
+            per_word = len(audio) / 8000 / len(text[utt].split())
             assert 0.25 < per_word < 0.9, utt
             edges = np.concatenate([audio[:400], audio[-400:]])
             assert np.abs(edges).max() < 0.01  # a pause at both ends
-
-
-words_fs = 8000
 
 
 def test_noisy_sets_say_the_same_and_more_babble_is_farther_away(corpus):

@@ -42,7 +42,7 @@ SEEN = (
 ).split()
 UNSEEN = "m8 steph robert Alex boris max travis shelby".split()
 RATE, PITCH = (130, 190), (30, 70)  # of each sentence: words per minute, 0-100
-PARTS = 4  # processes that speak a set; other numbers make other samples
+SENTENCES = 1500  # that one process speaks: other numbers make other samples
 NUM_TALKERS = 240  # sentences that the babble is made of
 
 
@@ -153,8 +153,9 @@ def write_set(
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(nj, context, max_tasks_per_child=1) as pool:
                 jobs = []
-                for part in range(PARTS):
-                    said = {utt: sentences[utt] for utt in utts[part::PARTS]}
+                parts = -(-made.size // SENTENCES)
+                for part in range(parts):
+                    said = {utt: sentences[utt] for utt in utts[part::parts]}
                     job = (said, wav_dir, [seed, made.seed, part])
                     jobs.append(pool.submit(speak, *job))
                 for job in jobs:
