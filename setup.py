@@ -26,7 +26,10 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "espeak": ["espeakng-loader"],  # synthesised digits
+        "espeak": [
+            "espeakng-loader",
+            "mnemonic",
+        ],  # synthesised speech; a list of words
         "sfm": ["transformers", "safetensors"],  # foundation models
         "superb": ["espnet-s3prl", "editdistance", "sed_eval", "more_itertools"],
         "cluster": ["dask-jobqueue"],  # SLURM, PBS, SGE, LSF

@@ -8,7 +8,6 @@ strings of the same recordings, or for tests the same strings, in rooms full of 
 """
 
 import argparse
-import ctypes
 import hashlib
 import http.client
 import logging
@@ -24,6 +23,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 import soundfile
+from espeak import Espeak
 from noise import spoil
 
 from dldkit.data.datadir import write_data_dir
@@ -43,8 +43,7 @@ URL = f"https://github.com/Jakobovski/free-spoken-digit-dataset/archive/{COMMIT}
 DIGEST = "1801eae019c063377d98f831d3f93574f259475df7332bb0e3d1b080fb5e6959"
 FSDD_SPEAKERS = "george jackson lucas nicolas theo yweweler".split()
 
-# Synthetic "speakers": espeak-ng voice, words per minute, pitch (0-100). None of the
-# voices with breath (f2, f3, f5 ...): their noise is different in every process.
+# Synthetic "speakers": espeak-ng voice, words per minute, pitch. None has breath.
 ESPEAK_SPEAKERS = {
     "amy": ("en-us+linda", 165, 60),
     "bob": ("en-us+m3", 150, 40),
@@ -157,57 +156,6 @@ def real_recordings(downloads: Path) -> Path:
 
 
 # --- synthesised recordings -----------------------------------------------------------
-class Espeak:
-    """espeak-ng, from the shared library in the package espeakng-loader.
-
-    Its oscillators run on from one call to the next: the same calls in the same order
-    make the same samples in a new process only.
-
-    Raises:
-        UserError: the package is not installed, or its library does not start.
-    """
-
-    RETRIEVAL, UTF8 = 2, 1
-    RATE, PITCH = 1, 3
-
-    def __init__(self):
-        try:
-            import espeakng_loader
-        except ImportError:
-            raise UserError("--source espeak needs: pip install espeakng-loader")
-        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = espeakng_loader.get_data_path().encode()
-        self.fs = self.lib.espeak_Initialize(self.RETRIEVAL, 0, data, 0)
-        if self.fs <= 0:
-            raise UserError(
-                f"espeak-ng does not start with its data in {data.decode()}"
-            )
-        self.chunks: list[np.ndarray] = []
-        samples = ctypes.POINTER(ctypes.c_short)
-        callback = ctypes.CFUNCTYPE(
-            ctypes.c_int, samples, ctypes.c_int, ctypes.c_void_p
-        )
-        self.callback = callback(self._collect)  # kept: C holds no reference to it
-        self.lib.espeak_SetSynthCallback(self.callback)
-
-    def _collect(self, samples, count, _events) -> int:
-        if count > 0:
-            self.chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    def __call__(self, text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
-        """Return `text` as int16 samples at `self.fs`."""
-        if self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise UserError(f"espeak-ng has no voice {voice}")
-        self.lib.espeak_SetParameter(self.RATE, rate, 0)
-        self.lib.espeak_SetParameter(self.PITCH, pitch, 0)
-        self.chunks.clear()
-        said = text.encode()
-        self.lib.espeak_Synth(said, len(said) + 1, 0, 1, 0, self.UTF8, None, None)
-        self.lib.espeak_Synchronize()
-        return np.concatenate(self.chunks)
-
-
 def synthesise(directory: Path) -> Path:
     """Write recordings named as FSDD names them; finished ones are kept."""
     with Step(directory, {}, speakers=ESPEAK_SPEAKERS, takes=list(TAKES)) as step:
@@ -217,10 +165,7 @@ def synthesise(directory: Path) -> Path:
 
 
 def _speak(directory: Path) -> None:
-    from lhotse.augmentation import Resample  # slow to import: only where needed
-
     espeak = Espeak()
-    resample = Resample(espeak.fs, FS)
     rng = np.random.default_rng(0)
     logging.info(f"synthesising {len(ESPEAK_SPEAKERS) * 10 * len(TAKES)} recordings")
     for speaker, (voice, rate, pitch) in ESPEAK_SPEAKERS.items():
@@ -228,12 +173,9 @@ def _speak(directory: Path) -> None:
             for take in TAKES:
                 takes_rate = rate + int(rng.integers(-25, 26))
                 takes_pitch = pitch + int(rng.integers(-15, 16))
-                signal = espeak(word.lower(), voice, takes_rate, takes_pitch)
-                signal = signal.astype(np.float32) / 32768
-                loud = np.flatnonzero(np.abs(signal) > 0.005)
-                signal = resample(signal[None, loud[0] : loud[-1] + 1], FS)[0]
+                signal = espeak(word.lower(), voice, takes_rate, takes_pitch, FS)
                 path = directory / f"{digit}_{speaker}_{take}.wav"
-                soundfile.write(path, np.clip(signal, -1, 1), FS, subtype="PCM_16")
+                soundfile.write(path, signal, FS, subtype="PCM_16")
 
 
 # --- connected digits -----------------------------------------------------------------

@@ -1,0 +1,1 @@
+../../../digits/asr1/local/noise.py
