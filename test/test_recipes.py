@@ -430,6 +430,33 @@ def test_cached_posteriors_are_data_of_the_student(an4):
     assert again.count("is finished already, kept") >= 2
 
 
+def test_a_packed_model_is_what_a_training_starts_from(an4):
+    """Its tokens, weights and scores are there before the training, and after it."""
+    (packed,) = an4.dld.glob("pack_*/*.zip")
+    words = ["--stage", 5, "--stop_stage", 13, "--start_from", packed]
+    words += ["--inference_depths", "4 2", "--asr_args", "--max_epoch 1"]
+    text = an4.run(*words)
+    assert f"Stage 7: skipped: the model is {packed}" in text
+    for stage in (5, 8, 10, 11, 12, 13):
+        assert f"Stage {stage}: " in text and f"Stage {stage}: skipped" not in text
+    reference = an4.exp / "asr_from_dld_raw_char"
+    student = an4.exp / "asr_anytime_raw_from_dld_raw_char"
+    assert (reference / "tokens.txt").read_text() == (
+        an4.dld / "tokens.txt"
+    ).read_text()
+    config = yaml.safe_load((student / "config.yaml").read_text())
+    name = "valid.loss_ctc.ave.pth"
+    assert config["model_conf"]["reference"] == f"{reference}/{name}"
+    assert config["init_param"] == [f"{reference}/{name}"]
+    results = json.loads((student / "results.json").read_text())["results"]
+    assert {r["system"] for r in results} == {
+        "from_dld_raw_char",
+        "anytime_raw_from_dld_raw_char",
+    }
+    again = an4.run(*words, "--stop_stage", 11)
+    assert again.count("is finished already, kept") >= 2
+
+
 def test_run_sh_of_an_experiment_goes_on_with_its_training(an4):
     shell(an4.dld / "run.sh", "--max_epoch", "3", cwd="/")
     assert (an4.dld / "3epoch.pth").exists()

@@ -197,8 +197,11 @@ class TestLosses:
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_under_autocast(self, model_of, static, batch, dtype):
-        model = model_of(EXITS, static)
+    def test_under_autocast(
+        self, model_of, static, batch, encoder_name, encoder_sizes, dtype
+    ):
+        encoder = f"ld_{encoder_name}"
+        model = model_of({**EXITS, **encoder_sizes}, static, encoder=encoder)
         expected = model(**batch("a", "c"))[1]
         with torch.autocast("cpu", dtype=dtype):
             loss, stats, _ = model(**batch("a", "c"))
