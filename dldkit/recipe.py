@@ -106,6 +106,12 @@ def _model_to_start_from(options: Mapping[str, str]) -> Mapping[str, Any] | None
             "--start_from and --pretrained_model both say where the weights begin: "
             "give one of them"
         )
+    is_a_hub_name = re.fullmatch(r"[^/.][^/]*/[^/]+", model)
+    if not Path(model).exists() and not is_a_hub_name:
+        raise UserError(
+            f"--start_from {model} does not exist: name an experiment directory, a "
+            "checkpoint, a packed zip or a model on Hugging Face (user/name)"
+        )
     from dldkit.asr.conversion import opened, refuse_other_features, refuse_unfit
 
     with opened(model) as (config, _):

@@ -73,8 +73,7 @@ BAD_ASR = """
 --inference_config nope.yaml | --inference_config nope.yaml: there is no such file
 --parallel_config nope.yaml | --parallel_config nope.yaml: there is no such file
 --pretrained_model nope.pth:a:b | --pretrained_model nope.pth: there is no such file
---start_from ./nope | ./nope is no directory or file here, and could not be had from
---start_from run.sh | can not be used: there is no config.yaml
+--start_from ./nope | --start_from ./nope does not exist: .* or a model on Hugging Face
 --start_from x --pretrained_model run.sh | both say where the weights begin
 --reference exp/nope | --reference exp/nope does not exist: name an experiment
 --expdir run.sh/exp | --expdir run.sh/exp: run.sh is a file

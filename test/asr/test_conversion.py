@@ -272,6 +272,7 @@ def test_names_of_what_starts_from_a_model(tmp_path):
 
 
 def test_refuses_what_is_no_model(tmp_path):
+    (tmp_path / "alone.pth").touch()
     (tmp_path / "text.zip").write_text("this is no zip")
     with zipfile.ZipFile(tmp_path / "tts.zip", "w") as archive:
         meta = dict(files=dict(tts_model_file="a.pth"), yaml_files={})
@@ -279,6 +280,7 @@ def test_refuses_what_is_no_model(tmp_path):
         archive.writestr("a.pth", "weights")
     for name, message in (
         ("", "no trained model"),
+        ("alone.pth", "alone.pth can not be used: there is no .*config.yaml"),
         ("text.zip", "text.zip is no packed model"),
         ("tts.zip", "tts.zip holds no model of ESPnet's ASR"),
         ("nope", "nope is no directory or file here, and could not be had from Hugg"),

@@ -226,6 +226,7 @@ def test_layers_are_drawn_alike_on_all_ranks(recipe_of, processes, tmp_path):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("recipe_of", ["anytime", "self"], indirect=True)
 def test_a_killed_run_of_several_depths_ends_like_an_unbroken_one(
     recipe_of, processes, tmp_path
 ):
