@@ -292,7 +292,9 @@ class TestSelf:
             first = next(iter(model.encoder.encoders.children()))
             gradients[-1].append(first.feed_forward.w_1.weight.grad)
         (*last, first), (*pulled_last, pulled_first) = gradients
-        assert all(map(torch.allclose, last, pulled_last))
+        for gradient, pulled in zip(last, pulled_last, strict=True):
+            # a bias before BatchNorm has a gradient of rounding errors alone
+            assert torch.allclose(gradient, pulled, atol=1e-6)
         assert not torch.allclose(first, pulled_first)
 
     def test_random_subsets_run_the_full_depth_as_well(self, model_of, batch):
