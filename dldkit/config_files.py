@@ -74,6 +74,11 @@ def resolve(config: Mapping[str, Any], directory: PathLike) -> dict[str, Any]:
         if beside.is_file() and (bare or not Path(path).is_file()):
             _set(resolved, key, str(beside))
         elif not Path(path).is_file():
+            # ESPnet's are relative to the recipe, which is above the experiment
+            above = (p / path for p in directory.resolve().parents)
+            if found := next((file for file in above if file.is_file()), None):
+                _set(resolved, key, str(found))
+                continue
             raise UserError(
                 f"the config in {directory} names {path} as its {key}: there is no "
                 f"such file beside it, nor {Path(path).absolute()}. Copy it there"

@@ -1,7 +1,7 @@
 """The options of a recipe, checked before its first stage begins.
 
 What the options and the configs alone can tell is refused here, in less than a second:
-neither ESPnet nor torch is imported.
+neither ESPnet nor torch is imported, but to look into a model to start from.
 """
 
 import math
@@ -74,6 +74,12 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
             "checkpoint, a packed zip or cached posteriors"
         )
     config = _config(options, "asr", systems)
+    if start := _model_to_start_from(options):
+        from dldkit.asr.conversion import name_of
+
+        settings["start_name"] = name_of(options["start_from"])
+        settings["token_type"] = start["token_type"]
+        config = _config(options, "asr", systems, start)
     settings["needs_reference"] = str(_is_open(config, "model_conf.reference")).lower()
     decoded = config
     if options["asr_exp"] and int(options["stage"]) > 11:  # it was trained before
@@ -88,6 +94,31 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     _check_checkpoint(options, "inference_asr_model", decoded, options["asr_exp"])
     _check_language_model(options)
     return settings
+
+
+def _model_to_start_from(options: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """Return the config of --start_from, if it is a model that fits the options."""
+    model = options["start_from"]
+    if not model:
+        return None
+    if options["pretrained_model"]:
+        raise UserError(
+            "--start_from and --pretrained_model both say where the weights begin: "
+            "give one of them"
+        )
+    is_a_hub_name = re.fullmatch(r"[^/.][^/]*/[^/]+", model)
+    if not Path(model).exists() and not is_a_hub_name:
+        raise UserError(
+            f"--start_from {model} does not exist: name an experiment directory, a "
+            "checkpoint, a packed zip or a model on Hugging Face (user/name)"
+        )
+    from dldkit.asr.conversion import opened, refuse_other_features, refuse_unfit
+
+    with opened(model) as (config, _):
+        refuse_unfit(model, config)
+        rate, size = int(_sampling_rate(options["fs"])), int(options["n_mels"])
+        refuse_other_features(model, config, options["feats_type"], rate, size)
+        return config
 
 
 def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
@@ -241,8 +272,17 @@ def _check_directory(name: str, text: str) -> None:
             raise UserError(f"--{name} {text}: {path} is a file; choose a directory")
 
 
-def _config(options: Mapping[str, str], kind: str, systems: Path) -> DictConfig:
-    """Return the training config of `--system`, with the options of --asr_args."""
+def _config(
+    options: Mapping[str, str],
+    kind: str,
+    systems: Path,
+    start: Mapping[str, Any] | None = None,
+) -> DictConfig:
+    """Return the training config of `--system`, with the options of --asr_args.
+
+    Args:
+        start: the config of a trained model, whose architecture it has.
+    """
     name = f"{options['system']}.yaml"
     # the recipe's own conf/systems may change a shared system, or add one
     files = [systems / name, Path("conf", "systems", name)]
@@ -254,7 +294,13 @@ def _config(options: Mapping[str, str], kind: str, systems: Path) -> DictConfig:
             f"--system {options['system']}: there is no {name} in {systems} or "
             f"conf/systems; choose one of {', '.join(sorted(known))}"
         )
-    config = merge_files([options[f"{kind}_config"], *files])
+    config = merge_files([options[f"{kind}_config"]])
+    if start:
+        from dldkit.asr.conversion import student_config
+
+        recipe = OmegaConf.to_container(config)
+        config = OmegaConf.create(student_config(recipe, start))
+    config = OmegaConf.merge(config, merge_files(files))
     given = _by_name(_words(options, f"{kind}_args"))
     try:
         return OmegaConf.merge(config, *(_overrides(*item) for item in given))

@@ -137,6 +137,22 @@ def corpus(tmp_path_factory) -> Corpus:
 
 
 @pytest.fixture(scope="session")
+def bpe(corpus) -> dict[str, str]:
+    """Options of a training with BPE units, which were learnt on the corpus."""
+    from dldkit.bin.make_token_list import main
+
+    tokens, model = (
+        corpus.root / "bpe" / "tokens.txt",
+        corpus.root / "bpe" / "bpe.model",
+    )
+    tokens.parent.mkdir()
+    files = ["--text", corpus.train / "text", "--output", tokens]
+    units = ["--nbpe", 20, "--bpe_model_prefix", model.with_suffix("")]
+    main([str(word) for word in (*files, "--token_type", "bpe", *units)])
+    return dict(token_type="bpe", token_list=str(tokens), bpemodel=str(model))
+
+
+@pytest.fixture(scope="session")
 def python():
     """Return a function that runs `python ARGS...` and checks its exit status."""
 

@@ -73,6 +73,8 @@ BAD_ASR = """
 --inference_config nope.yaml | --inference_config nope.yaml: there is no such file
 --parallel_config nope.yaml | --parallel_config nope.yaml: there is no such file
 --pretrained_model nope.pth:a:b | --pretrained_model nope.pth: there is no such file
+--start_from ./nope | --start_from ./nope does not exist: .* or a model on Hugging Face
+--start_from x --pretrained_model run.sh | both say where the weights begin
 --reference exp/nope | --reference exp/nope does not exist: name an experiment
 --expdir run.sh/exp | --expdir run.sh/exp: run.sh is a file
 --dumpdir a,b | --dumpdir a,b: choose a path without commas
@@ -285,3 +287,26 @@ def test_a_language_model_needs_a_beam(check):
     check(use_lm="true", lm_exp=str(lm), inference_args="--beam_size 5")
     Path("beam.yaml").write_text("beam_size: 5\n")
     check(use_lm="true", lm_file=str(lm / "5epoch.pth"), inference_config="beam.yaml")
+
+
+def test_a_model_to_start_from_says_its_layers_and_tokens(check):
+    """It has eight layers, where the recipe's has six."""
+    from dldkit.errors import UserError
+
+    exp = Path("exp/asr_mine")
+    exp.mkdir(parents=True)
+    config = dict(encoder="conformer", encoder_conf=dict(num_blocks=8))
+    config |= dict(token_type="char", frontend_conf=dict(fs=16000))
+    (exp / "config.yaml").write_text(yaml.safe_dump(config))
+    (exp / "valid.acc.best.pth").touch()
+    started = dict(start_from=str(exp), inference_depths="8 2", token_type="bpe")
+    settings = check(**started)
+    assert settings["start_name"] == "from_mine"
+    assert settings["token_type"] == "char"
+    assert settings["valid_depths"] == "[8,4,2]"
+    with pytest.raises(UserError, match="takes audio of 16000 Hz, and --fs is 8000"):
+        check(**started, fs="8k")
+    config["decoder"] = "transducer"
+    (exp / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="exp/asr_mine can not be .* transducer"):
+        check(**started)

@@ -470,6 +470,37 @@ def test_cached_posteriors_are_data_of_the_student(an4):
     assert again.count("is finished already, kept") >= 2
 
 
+def test_a_published_model_is_what_a_training_starts_from(an4, tmp_path):
+    """A hub without network is a cache in its layout."""
+    hub = tmp_path / "hub" / "hub" / "models--some--body"
+    (packed,) = an4.dld.glob("pack_*/*.zip")
+    shutil.unpack_archive(packed, hub / "snapshots" / "abc")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc")
+    env = environment(HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+
+    words = ["--stage", 5, "--start_from", "some/body", "--inference_depths", "4 2"]
+    words += ["--asr_args", "--max_epoch 1"]
+    text = an4.run(*words, "--stop_stage", 13, env=env)
+    assert "Stage 7: skipped: the model is some/body" in text
+    for stage in (5, 8, 10, 11, 12, 13):
+        assert f"Stage {stage}: " in text and f"Stage {stage}: skipped" not in text
+    reference = an4.exp / "asr_from_some_body"
+    student = an4.exp / "asr_anytime_raw_from_some_body"
+    for exp in (reference, student):
+        theirs = (an4.dld / "tokens.txt").read_text()
+        assert (exp / "tokens.txt").read_text() == theirs
+    config = yaml.safe_load((student / "config.yaml").read_text())
+    checkpoint = f"{reference}/valid.loss_ctc.ave.pth"
+    assert config["model_conf"]["reference"] == checkpoint
+    assert config["init_param"] == [checkpoint]
+    results = json.loads((student / "results.json").read_text())["results"]
+    both = {"from_some_body", "anytime_raw_from_some_body"}
+    assert {r["system"] for r in results} == both
+    again = an4.run(*words, "--stop_stage", 11, env=env)
+    assert again.count("is finished already, kept") >= 2
+
+
 def test_run_sh_of_an_experiment_goes_on_with_its_training(an4):
     shell(an4.student / "run.sh", "--max_epoch", "3", cwd="/")
     assert (an4.student / "3epoch.pth").exists()

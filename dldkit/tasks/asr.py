@@ -8,6 +8,7 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.tasks.asr import ASRTask
 
 import dldkit
+from dldkit.asr.model import SELF
 from dldkit.asr.reference import POSTERIORS, is_cached, reference_file
 from dldkit.config_files import resolved_arguments
 from dldkit.data.frames import read_in_training
@@ -45,9 +46,11 @@ class DLDASRTask(TrainerChoice, ASRTask):
 
     @classmethod
     def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
-        """Return the reference's file."""
+        """Return the reference's file, if there is one."""
         reference = (args.model_conf or {}).get("reference")
-        return {} if reference is None else {"reference": reference_file(reference)}
+        if reference in (None, SELF):
+            return {}
+        return {"reference": reference_file(reference)}
 
     @classmethod
     def optional_data_names(

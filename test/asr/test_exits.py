@@ -197,8 +197,11 @@ class TestLosses:
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_under_autocast(self, model_of, static, batch, dtype):
-        model = model_of(EXITS, static)
+    def test_under_autocast(
+        self, model_of, static, batch, encoder_name, encoder_sizes, dtype
+    ):
+        encoder = f"ld_{encoder_name}"
+        model = model_of({**EXITS, **encoder_sizes}, static, encoder=encoder)
         expected = model(**batch("a", "c"))[1]
         with torch.autocast("cpu", dtype=dtype):
             loss, stats, _ = model(**batch("a", "c"))
@@ -289,7 +292,9 @@ class TestSelf:
             first = next(iter(model.encoder.encoders.children()))
             gradients[-1].append(first.feed_forward.w_1.weight.grad)
         (*last, first), (*pulled_last, pulled_first) = gradients
-        assert all(map(torch.allclose, last, pulled_last))
+        for gradient, pulled in zip(last, pulled_last, strict=True):
+            # a bias before BatchNorm has a gradient of rounding errors alone
+            assert torch.allclose(gradient, pulled, atol=1e-6)
         assert not torch.allclose(first, pulled_first)
 
     def test_random_subsets_run_the_full_depth_as_well(self, model_of, batch):

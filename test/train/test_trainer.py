@@ -15,6 +15,7 @@ import torch
 from espnet2.train.distributed_utils import DistributedOption
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dldkit.asr.collection import collect_posteriors
 from dldkit.bin.asr_train import main
 from dldkit.errors import UserError
 from dldkit.train.trainer import ResumableTrainer
@@ -164,16 +165,43 @@ def test_a_kill_between_two_epochs_never_loses_the_best_model(
     assert 8 < operation < 99
 
 
+@pytest.fixture(params=["bernoulli", "anytime", "self"])
+def recipe_of(request, dld_training, corpus, bpe, build, tmp_path):
+    """Return a function that gives the arguments of a training of several depths.
+
+    `anytime` has exits, BPE units, an attention decoder and cached posteriors, `self`
+    has forwards of random layers beside that of the full depth.
+    """
+    changes = dict(max_epoch=2)
+    if request.param == "anytime":
+        model = dict(
+            **bpe,
+            decoder="transformer",
+            decoder_conf=dict(attention_heads=2, linear_units=16, num_blocks=1),
+            model_conf=dict(ctc_weight=0.3),
+        )
+        build(directory=tmp_path / "reference", **model)
+        cache = tmp_path / "cache"
+        collect_posteriors(tmp_path / "reference", [corpus.train, corpus.dev], cache)
+        model["model_conf"] = dict(ctc_weight=0.3, reference=str(cache))
+        nested = dict(depth_sampler="uniform", layer_choice="prefix", exits=1)
+        changes |= dict(**model, encoder_conf=nested)
+    if request.param == "self":
+        random_layers = dict(depth_sampler="uniform", layer_choice="random")
+        sandwich = dict(reference="self", sandwich=2)
+        changes |= dict(encoder_conf=random_layers, model_conf=sandwich)
+    return lambda directory, **others: dld_training(directory, **changes, **others)
+
+
 @pytest.mark.integration
-def test_layers_are_drawn_alike_on_all_ranks(dld_training, processes, tmp_path):
+def test_layers_are_drawn_alike_on_all_ranks(recipe_of, processes, tmp_path):
     """Two gloo processes train on batches of two and of one utterance."""
-    command = dld_training(
+    command = recipe_of(
         tmp_path / "exp",
         dist_backend="gloo",
         dist_world_size=2,
         dist_init_method=f"file://{tmp_path}/meeting",
         unused_parameters=True,
-        max_epoch=2,
     )
     ranks = [
         processes([*command, "--dist_rank", str(rank)], "", f"{tmp_path}/{rank}.pth")
@@ -192,7 +220,29 @@ def test_layers_are_drawn_alike_on_all_ranks(dld_training, processes, tmp_path):
         assert layers == others
         assert torch.equal(gradient, other_gradient)
         assert gradient.abs().max() > 0
+    weights = [load(tmp_path / f"{rank}.pth.weights") for rank in (0, 1)]
+    assert weights[0] and same(*weights)
     assert (tmp_path / "exp" / "valid.loss_ctc.ave.pth").is_file()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("recipe_of", ["anytime", "self"], indirect=True)
+def test_a_killed_run_of_several_depths_ends_like_an_unbroken_one(
+    recipe_of, processes, tmp_path
+):
+    """Killed in the first epoch, and in the second one."""
+    for name, moments in (("broken", ["step 2", "step 5"]), ("unbroken", [])):
+        for moment in [*moments, ""]:
+            process = processes(recipe_of(tmp_path / name), moment)
+            process.join(120)
+            assert process.exitcode == (-signal.SIGKILL if moment else 0)
+    broken, unbroken = (
+        load(tmp_path / name / "checkpoint.pth") for name in ("broken", "unbroken")
+    )
+    for part in ("model", "optimizers", "schedulers"):
+        assert same(broken[part], unbroken[part]), part
+    assert measured(broken) == measured(unbroken)
+    assert {"1 train loss_kd", "2 train depth"} <= set(measured(broken))
 
 
 def options(directory, **changes):

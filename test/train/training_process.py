@@ -33,7 +33,7 @@ def train(command: list[str], kill: str = "", record: Optional[str] = None) -> N
     moment, _, name = kill.partition(" ")
     steps = []
     save, clip = torch.save, torch.nn.utils.clip_grad_norm_
-    draw, symlink_to = GatedLayers.layers_of_step, pathlib.Path.symlink_to
+    draw, symlink_to = GatedLayers.draws_of_step, pathlib.Path.symlink_to
     grow, growths = dldkit.train.stacking.grow, []
     drawn, weights = [], []
 
@@ -55,9 +55,10 @@ def train(command: list[str], kill: str = "", record: Optional[str] = None) -> N
             die()
         symlink_to(self, target)
 
-    def recording_draw(self):
-        drawn.append(draw(self))
-        return drawn[-1]
+    def recording_draw(self, number):
+        draws = draw(self, number)
+        drawn.append(draws[0])
+        return draws
 
     def recording_clip(parameters, *args, **kwargs):
         parameters = weights[:] = list(parameters)
@@ -86,7 +87,7 @@ def train(command: list[str], kill: str = "", record: Optional[str] = None) -> N
     torch.set_num_threads(1)
     dldkit.train.stacking.grow = killing_grow
     torch.save, torch.nn.utils.clip_grad_norm_ = killing_save, recording_clip
-    GatedLayers.layers_of_step = recording_draw
+    GatedLayers.draws_of_step = recording_draw
     pathlib.Path.symlink_to = killing_symlink_to
     main(command)
     if record is not None:

@@ -73,6 +73,8 @@ asr_args=  # more options of asr_train, e.g. "--max_epoch 20 --model_conf kd_wei
 asr_tag=  # suffix of its experiment directory; empty: made from the settings
 asr_exp=  # its experiment directory; empty: asr_TAG in --expdir
 asr_stats_dir=  # directory of its statistics; empty: made from the settings
+start_from=  # trained model to make anytime: experiment, checkpoint, zip or Hugging Face name
+    # what it is (architecture, tokens, normalisation) is kept, and it is the reference
 pretrained_model=  # checkpoint to begin with, as --init_param takes it
 seed=  # seed of both trainings; empty: that of the config
 feats_normalize=global_mvn  # global_mvn, utterance_mvn or none
@@ -108,6 +110,7 @@ template=$(dirname "$(readlink -f "$0")")
 systems="${template%/egs2/*}/conf/systems"
 needs_reference= # whether the system's config leaves one open
 valid_depths= # for the student's validation, as [12,6,2]
+start_name= # of what comes from --start_from
 check_options asr "${systems}"
 
 #
@@ -141,6 +144,11 @@ filter_options=(
 tokens=${token_type}
 if [ "${token_type}" == bpe ]; then tokens=bpe_${bpemode}${nbpe}; fi
 token_list=data/token_list/${tokens}/tokens.txt
+if [ -n "${start_from}" ]; then
+    tokens=${start_name}
+    reference_tag=${reference_tag:-${start_name}}
+    token_list=${expdir}/asr_${reference_tag}/tokens.txt
+fi
 bpemodel=none
 if [ "${token_type}" == bpe ]; then bpemodel=${token_list%/*}/bpe.model; fi
 
@@ -158,7 +166,9 @@ if [ -n "${asr_exp}" ]; then asr_tag=$(basename "${asr_exp}"); fi
 asr_exp=${asr_exp:-${expdir}/asr_${asr_tag}}
 
 no_reference= # why there are no stages 6 to 8
+no_reference_training= # why there are no stages 6 and 7, though there is stage 8
 no_posteriors= # why there is no stage 9
+if [ -n "${start_from}" ]; then no_reference_training="the model is ${start_from}"; fi
 student_settings=()
 if [ -n "${valid_depths}" ]; then
     student_settings=("model_conf.valid_depths=${valid_depths}")
@@ -214,6 +224,9 @@ fi
 
 mapfile -t reference_options < <(words "${reference_args} ${seed:+--seed ${seed}}")
 mapfile -t asr_options < <(words "${asr_args} ${seed:+--seed ${seed}}")
+if [ -n "${start_from}" ]; then
+    pretrained_model=${reference_exp}/${inference_asr_model}
+fi
 if [ -n "${pretrained_model}" ]; then asr_options+=(--init_param "${pretrained_model}"); fi
 
 #
@@ -222,15 +235,17 @@ if [ -n "${pretrained_model}" ]; then asr_options+=(--init_param "${pretrained_m
 set_data_options() { # data_options: what asr_train has to know of the data
     local set
     stage_needs "${token_list}" "stage 5"
-    data_options=(
-        --use_preprocessor true
-        --token_type "${token_type}"
-        --token_list "${token_list}"
-        --bpemodel "${bpemodel}"
-        --non_linguistic_symbols "${nlsyms_txt}"
-        --cleaner none
-        --g2p none
-    )
+    data_options=(--use_preprocessor true)
+    if [ -z "${start_from}" ]; then # whose config says it
+        data_options+=(
+            --token_type "${token_type}"
+            --token_list "${token_list}"
+            --bpemodel "${bpemodel}"
+            --non_linguistic_symbols "${nlsyms_txt}"
+            --cleaner none
+            --g2p none
+        )
+    fi
     for set in train valid; do
         local dir=${data_feats}/${train_set}
         if [ "${set}" == valid ]; then dir=${data_feats}/${valid_set}; fi
@@ -275,7 +290,9 @@ train_model() { # train_model EXP STATS_DIR [options of asr_train]...
     set_data_options
     options=(--config "${exp}/train.yaml" --output_dir "${exp}" --resume true
         "${data_options[@]}")
-    if [ "${feats_normalize}" == global_mvn ]; then
+    if [ -n "${start_from}" ]; then
+        : # its config says it
+    elif [ "${feats_normalize}" == global_mvn ]; then
         options+=(--normalize global_mvn
             --normalize_conf "stats_file=${stats}/train/feats_stats.npz")
     else
@@ -344,7 +361,14 @@ done
 if run_stage 3 "${skip_data_prep}"; then stage_format; fi
 if run_stage 4 "${skip_data_prep}"; then stage_filter; fi
 
-if run_stage 5 "${skip_data_prep}"; then
+if [ -n "${start_from}" ]; then
+    if run_stage 5; then
+        log "Stage 5: Model to start from, with its tokens: ${reference_exp}"
+        "${python}" -m dldkit.bin.start_from "${start_from}" \
+            --asr_config "${asr_config}" --outpath "${pretrained_model}"
+    fi
+    asr_config=${reference_exp}/student.yaml
+elif run_stage 5 "${skip_data_prep}"; then
     log "Stage 5: Token list: ${token_list}"
     stage_needs "${data_feats}/${train_set}/text" "stages 3 and 4"
     options=(--token_type "${token_type}" --output "${token_list}")
@@ -362,13 +386,13 @@ fi
 #
 # The reference model
 #
-if run_stage 6 "${no_reference}" "${skip_reference}" "${skip_train}"; then
+if run_stage 6 "${no_reference}" "${no_reference_training}" "${skip_reference}" "${skip_train}"; then
     log "Stage 6: Statistics for the reference: ${reference_stats_dir}"
     write_config "${reference_exp}" "${reference_config}" static
     collect_stats "${reference_stats_dir}" "${reference_exp}" "${reference_options[@]}"
 fi
 
-if run_stage 7 "${no_reference}" "${skip_reference}" "${skip_train}"; then
+if run_stage 7 "${no_reference}" "${no_reference_training}" "${skip_reference}" "${skip_train}"; then
     log "Stage 7: Reference training: ${reference_exp}"
     write_config "${reference_exp}" "${reference_config}" static
     train_model "${reference_exp}" "${reference_stats_dir}" "${reference_options[@]}"
