@@ -116,7 +116,8 @@ def _model_to_start_from(options: Mapping[str, str]) -> Mapping[str, Any] | None
 
     with opened(model) as (config, _):
         refuse_unfit(model, config)
-        rate, size = int(_sampling_rate(options["fs"])), int(options["n_mels"])
+        rate = _parsed(sampling_rate, options, "fs")
+        size = int(options["n_mels"])
         refuse_other_features(model, config, options["feats_type"], rate, size)
         return config
 
