@@ -4,6 +4,7 @@ import argparse
 import functools
 import logging
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 import humanfriendly
@@ -11,19 +12,20 @@ import humanfriendly
 from dldkit.errors import UserError
 
 
-def integers(text: str, least: int, what: str) -> list[int]:
+def integers(text: str, what: str, least: int = 0, most: float = inf) -> list[int]:
     """Read numbers between blanks or commas, each once."""
     words = text.replace(",", " ").split()
-    if not words or not all(word.isdecimal() and int(word) >= least for word in words):
+    if not words or not all(w.isdecimal() and least <= int(w) <= most for w in words):
         raise argparse.ArgumentTypeError(f"{text!r}: write {what}")
     return list(dict.fromkeys(map(int, words)))
 
 
 depth_list = functools.partial(
-    integers, least=1, what='numbers of layers, such as "12 6 2"'
+    integers, what='numbers of layers, such as "12 6 2"', least=1
 )
-layer_list = functools.partial(integers, least=0, what="layers from 0, as 0,3,7")
-seed_list = functools.partial(integers, least=0, what='numbers, such as "0 1 2"')
+layer_list = functools.partial(integers, what="layers from 0, as 0,3,7")
+seed_list = functools.partial(integers, what='numbers, such as "0 1 2"')
+fold_list = functools.partial(integers, what='folds from 0 to 4, as "0 1"', most=4)
 
 
 def positive(text: str) -> int:

@@ -26,6 +26,7 @@ REPORT = (
     "--inference_asr_model %s --output_dir {tmp}/report" % MODEL
 )
 POSTERIORS = "collect_posteriors --output_dir {tmp}/cache"
+SUPERB = "sfm_superb --upstream_dir {bad} --upstream_name a --output_dir {tmp}/s"
 TRAIN = "asr_train {train} --output_dir {tmp}/new"
 
 BAD = [
@@ -147,7 +148,8 @@ BAD = [
         "--output_dir {tmp}/probe",
         "--upstream a: write NAME=PATH",
     ),
-    ("sfm_superb --upstream_dir {bad} --upstream_name a --output_dir {tmp}/s", "corp"),
+    (SUPERB, "corp"),
+    (SUPERB + " --er_folds 5", "write folds from 0 to 4"),
 ]
 
 

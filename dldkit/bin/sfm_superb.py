@@ -7,7 +7,7 @@ import shlex
 from typing import Optional, Sequence
 
 from dldkit.errors import report_user_errors
-from dldkit.options import command_parser, parse
+from dldkit.options import command_parser, fold_list, parse
 from dldkit.sfm.superb import CORPORA, TASKS, collect, run
 
 
@@ -45,14 +45,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--task_args", default="", help='s3prl\'s options: "--train.total_steps 2"')
     add(
         "--er_folds",
-        nargs="+",
-        type=int,
-        choices=range(5),
-        default=[0, 1, 2, 3, 4],
+        type=fold_list,
+        default="0 1 2 3 4",
         help="folds of ER; SUPERB's ER is all five",
     )
     add("--device", default="cpu", choices=["cpu", "cuda"], help="for all tasks")
-    add("--num_workers", type=int, default=6, help="processes that load speech")
+    add("--nj", type=int, default=6, help="processes that load speech")
     return parser
 
 
@@ -69,7 +67,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         shlex.split(args.task_args),
         args.er_folds,
         args.device,
-        args.num_workers,
+        args.nj,
         args.dscore,
     )
     print(collect(args.output_dir, args.upstream_name))

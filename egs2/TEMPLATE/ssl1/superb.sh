@@ -59,7 +59,6 @@ if [ "${ngpu}" == auto ]; then
     ngpu=0
     if nvidia-smi -L >/dev/null 2>&1; then ngpu=1; fi
 fi
-read -ra folds <<<"${er_folds}"
 device=cpu
 if [ "${ngpu}" -gt 0 ]; then device=cuda; fi
 
@@ -69,10 +68,10 @@ if [ "${ngpu}" -gt 0 ]; then device=cuda; fi
     --output_dir "${expdir}/superb_${upstream_name}" \
     --tasks "${tasks}" \
     --task_args "${task_args}" \
-    --er_folds "${folds[@]}" \
+    --er_folds "${er_folds}" \
     --list_dir "${list_dir}" \
     --device "${device}" \
-    --num_workers "${nj}" \
+    --nj "${nj}" \
     --librispeech "${librispeech}" \
     --speech_commands "${speech_commands}" \
     --speech_commands_test "${speech_commands_test}" \
