@@ -109,9 +109,8 @@ def refuse_unfit(model: str, config: Mapping[str, Any]) -> None:
     encoder, kind = str(config.get("encoder")), config.get("model") or "espnet"
     why = None
     if encoder.removeprefix("ld_") not in ENCODERS:
-        why = f"its encoder is {encoder}; choose a model with one of " + (
-            ", ".join(ENCODERS)
-        )
+        why = f"its encoder is {encoder}; choose a model with one of "
+        why += ", ".join(ENCODERS)
     elif config.get("decoder") == "transducer":
         why = "it is a transducer; choose a CTC or CTC/attention model"
     elif kind not in ("espnet", "dld"):
@@ -177,9 +176,8 @@ def student_config(
     config = converted(config)
     student = {k: v for k, v in recipe.items() if k not in ARCHITECTURE.split()}
     student |= {k: config[k] for k in ARCHITECTURE.split() if k in config}
-    encoder_conf, model_conf = student["encoder_conf"], _without(
-        student.get("model_conf"), DLDModel
-    )
+    encoder_conf = student["encoder_conf"]
+    model_conf = _without(student.get("model_conf"), DLDModel)
     del encoder_conf["depth_sampler"]
     if encoder_conf.pop("interctc_layer_idx", None):
         logging.info("Without the intermediate CTC that it was trained with")
@@ -218,16 +216,13 @@ def convert(model: str, recipe: Mapping[str, Any], outpath: Union[str, Path]) ->
     directory = outpath.parent
     with opened(model) as (config, checkpoint):
         refuse_unfit(model, config)
-        files = named_files(config)
-        settings = _without_files(config)
-        inputs = {"model": checkpoint, **files}
-        names = dict(name=outpath.name, config=settings, recipe=recipe)
-        with Step(directory, inputs, keep=True, **names) as step:
+        files = {"model": checkpoint, **named_files(config)}
+        options = dict(config=_without_files(config), recipe=recipe)
+        with Step(directory, files, keep=True, name=outpath.name, **options) as step:
             if step.done:
                 return
-            ours = argparse.Namespace(
-                **{**converted(config), "output_dir": str(directory)}
-            )
+            ours = argparse.Namespace(**converted(config))
+            ours.output_dir = str(directory)
             copy_files(ours)
             tokens = directory / BARE_NAMES["token_list"]
             if isinstance(ours.token_list, (list, tuple)):
