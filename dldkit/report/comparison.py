@@ -46,14 +46,13 @@ class Run:
     def save(self, path: Path) -> None:
         """Write the run to a file of a few kilobytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in asdict(self).items()]
+        short = (",", ":")
+        lines = [
+            f"{json.dumps(name)}:{json.dumps(value, separators=short)}"
+            for name, value in asdict(self).items()
+        ]
         with atomic(path) as new:
             new.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-    @property
-    def cost(self) -> float:
-        """MACs per second of audio and epoch of the forwards that it was trained by."""
-        return macs_at(self.macs, self.depth)
 
     def error_rate(self, test_set: str, depth: int) -> float:
         """Return the word error rate in %."""
