@@ -13,6 +13,7 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 
 from dldkit.asr.speech import SpeechReader, utterance_ids
+from dldkit.depth.thresholds import choose_thresholds
 from dldkit.errors import UserError
 
 BATCH_SIZE = 16
@@ -132,36 +133,6 @@ def log_probs_at(
     """Return CTC's log-posteriors (Batch, Time, Vocab) of the output of a depth."""
     with model.encoder.running(range(depth)):  # it says which exit's head answers
         return model.ctc.log_softmax(hidden)
-
-
-def choose_thresholds(
-    entropies: np.ndarray, exits: Sequence[int], deepest: int, targets: Sequence[int]
-) -> dict[float, float]:
-    """Return the threshold that comes nearest to each mean depth, and that depth.
-
-    Args:
-        entropies: of each utterance at each exit (Utterances, Exits).
-        exits: their depths, ascending.
-        deepest: where the others leave.
-        targets: the mean depths that are wanted; those outside the exits have none.
-    """
-    # rounded first, because a threshold is a name as well
-    candidates = sorted({float(f"{value:.3g}") for value in entropies.flatten()})
-    means = {t: mean_depth(entropies, exits, deepest, t) for t in candidates}
-    chosen = {}
-    for target in targets:
-        if exits and exits[0] < target < deepest and means:
-            best = min(means, key=lambda t: abs(means[t] - target))
-            chosen[best] = means[best]
-    return chosen
-
-
-def mean_depth(
-    entropies: np.ndarray, exits: Sequence[int], deepest: int, threshold: float
-) -> float:
-    """Return the mean depth that utterances leave at; see `choose_thresholds`."""
-    leaves = np.pad(entropies < threshold, ((0, 0), (0, 1)), constant_values=True)
-    return float(np.array([*exits, deepest])[leaves.argmax(1)].mean())
 
 
 @torch.no_grad()

@@ -5,14 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 
 from dldkit.asr.calibration import write_depth_profile
 from dldkit.asr.inference import Speech2Text
-from dldkit.asr.stopping import choose_thresholds, entropy, mean_depth, thresholds_on
+from dldkit.asr.stopping import entropy, thresholds_on
 from dldkit.bin.asr_inference import main
 from dldkit.depth.profile import DepthProfile, profile_path
+from dldkit.depth.thresholds import choose_thresholds, mean_depth
 from dldkit.errors import UserError
 
 MODEL = "valid.loss_ctc.best.pth"
@@ -105,7 +107,8 @@ def test_each_utterance_gets_what_its_depth_gives(
             assert_same(result, expected[depth][i], depth)
         seen.add(tuple(depths))
     assert {(1,) * 4, (4,) * 4} < seen
-    assert any(len(set(depths)) > 2 for depths in seen)  # or little was tested
+    most = max(len(set(depths)) for depths in seen)  # in one batch
+    assert most >= (2 if shared_head else 3)  # or little was tested
     texts = {tuple(r[0][2]) for results in expected.values() for r in results}
     assert len(texts) > 4
 
@@ -272,9 +275,7 @@ def test_command_writes_the_depths(recogniser, corpus, tmp_path, caplog):
     expected, entropies = at_depths(recogniser(), speech)
     threshold = float(np.median(entropies[:, 0]))
     scp = tmp_path / "wav.scp"
-    short = corpus.root / "short.wav"
-    import soundfile
-
+    short = tmp_path / "short.wav"
     soundfile.write(short, np.zeros(300), 8000)
     scp.write_text((corpus.dev / "wav.scp").read_text() + f"zz {short}\n")
     main(
