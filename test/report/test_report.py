@@ -340,6 +340,15 @@ def decode(exp, depth, wavs):
     write_table(exp / f"greedy/depth{depth}/an4/text", texts)
 
 
+def stop_early(exp, wavs):
+    """As if one utterance was sure at the first exit, and the other one never."""
+    tag = exp / "greedy"
+    (tag / "exit_thresholds").mkdir()
+    (tag / "exit_thresholds/thresholds.json").write_text("[0.5]")
+    write_table(tag / "threshold0.5/an4/text", dict.fromkeys(wavs, "N E"))
+    write_table(tag / "threshold0.5/an4/depth", dict(zip(wavs, "14")))
+
+
 @pytest.mark.integration
 def test_report_of_real_decoding(tmp_path, capsys):
     wavs = prepare_an4(tmp_path / "dump/raw/an4")
@@ -348,6 +357,7 @@ def test_report_of_real_decoding(tmp_path, capsys):
     for system, depths in (("dld", (4, 2, 1)), ("static", (3,))):
         for depth in depths:
             decode(tmp_path / system, depth, wavs)
+    stop_early(tmp_path / "dld", wavs)
     output = tmp_path / "report"
     main(
         ["--system", f"static={tmp_path}/static", f"dld={tmp_path}/dld"]
@@ -364,7 +374,7 @@ def test_report_of_real_decoding(tmp_path, capsys):
     assert "--inference_tag greedy" in found["command"]
     rows = {(r["system"], r["depth"]): r for r in found["results"]}
     assert list(rows) == [("static", 3), ("dld", 4), ("dld", 2), ("dld", 1)]
-    assert rows["dld", 2]["layers"] == [0, 3]
+    assert rows["dld", 2]["layers"] == [0, 1]
     for field in ("parameters", "macs_per_second"):
         one, two, four = (rows["dld", depth][field] for depth in (1, 2, 4))
         assert one < two < four
@@ -377,7 +387,7 @@ def test_report_of_real_decoding(tmp_path, capsys):
     sizes = {k: n for k, n in sizes.items() if not re.search("running|tracked", k)}
     assert rows["dld", 4]["parameters"] == sum(sizes.values())
     skipped = sum(
-        n for k, n in sizes.items() if re.match(r"encoder.encoders.[12]\.", k)
+        n for k, n in sizes.items() if re.match(r"encoder.encoders.[23]\.", k)
     )
     assert rows["dld", 2]["parameters"] == sum(sizes.values()) - skipped
 
@@ -391,16 +401,24 @@ def test_report_of_real_decoding(tmp_path, capsys):
         assert row["wer_interval"][0] <= row["wer"] <= row["wer_interval"][1]
         assert len(row["rtf"]) == 3 and 0 < min(row["rtf"]) <= row["rtf_median"] < 5
 
+    (early,) = found["early_stopping"]
+    assert (early["threshold"], early["depth"], len(early["rtf"])) == (0.5, 2.5, 3)
+    one, four = (rows["dld", depth]["macs_per_second"] for depth in (1, 4))
+    # beside the layers, the first of them passed the output layers of two exits
+    assert 1 < early["macs_per_second"] / ((one + four) / 2) < 1.05
+
     text = (output / "RESULTS.md").read_text()
     assert f"an4: speech: {SOURCE}" in text
     assert found["command"] in text and found["environment"]["cpu"] in text
-    speech, table, written = printed.split("\n\n")
+    speech, table, stopping, written = printed.split("\n\n")
     assert speech == f"- an4: speech: {SOURCE}"
     assert f"{speech}\n\n{table}\n\n" in text
+    assert cells(stopping)[1][:4] == ["dld", "an4", "0.5", "2.5"]
+    assert f"## Early stopping\n\n{stopping}\n\n" in text
     assert written == f"written: {output}/RESULTS.md\n"
     assert [(row[0], int(row[2])) for row in cells(table)[1:]] == list(rows)
     for _, depth in rows:
-        assert text.count(f"| greedy/depth{depth}/an4 |") == 2  # WER and CER
+        assert text.count(f"| greedy/depth{depth}/an4 ") == 2  # WER and CER
     from matplotlib import image
 
     height, width, _ = image.imread(output / "wer_vs_depth.png").shape
