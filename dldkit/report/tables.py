@@ -37,7 +37,7 @@ def summary_table(results: Sequence[Result]) -> str:
 def stopping_table(results: Sequence[Result]) -> str:
     """Render the table of early stopping: systems, test sets and thresholds."""
     return markdown(
-        "system | test set | threshold | mean depth | WER % [95 % CI] | CER % "
+        "early stopping | test set | threshold | mean depth | WER % [95 % CI] | CER % "
         "| MMACs/s | RTF median (min-max)",
         (
             (

@@ -121,7 +121,7 @@ def test_early_stopping_is_scored_at_its_mean_depth(stopped):
     header, row, _ = cells(tables.stopping_table(stopped))
     low, high = (100 * bound for bound in unsure.interval)
     assert dict(zip(header, row)) == {
-        "system": "dld",
+        "early stopping": "dld",
         "test set": "test",
         "threshold": "0.125",
         "mean depth": "3.0",
@@ -133,7 +133,7 @@ def test_early_stopping_is_scored_at_its_mean_depth(stopped):
     facts = dict(command="", environment={}, test_sets={"test": SOURCE}, notes=[])
     facts.update(systems={"dld": dict(experiment="exp", model="m")})
     text = render([], stopped, {**facts, "inference_tag": "tag"})
-    assert "## Early stopping\n\n| system" in text
+    assert "## Early stopping\n\n| early stopping" in text
     assert text.count("| tag/threshold0.125/test |") == 2  # WER and CER
     assert "Early stopping" not in render([], [], {**facts, "inference_tag": "tag"})
 

@@ -466,7 +466,8 @@ if run_stage 13 "${skip_eval}"; then
         --rtf_utts "${rtf_utts}" \
         --output_dir "${asr_exp}" \
         "${report_options[@]}" >"${asr_exp}/report.log"
-    sed -n -e '/^- .*: speech: /s/^- //p' -e '/^| *system /,/^$/p' "${asr_exp}/RESULTS.md"
+    sed -n -e '/^- .*: speech: /s/^- //p' -e '/^| *\(system\|early stopping\) /,/^$/p' \
+        "${asr_exp}/RESULTS.md"
 fi
 
 #
