@@ -118,9 +118,10 @@ def stopping(
         else:
             leaves = entropy(log_probs, lengths) < threshold
         goes = leaves.tolist()
-        paths = best_paths(log_probs[leaves], lengths[leaves], depth)
-        found.update(zip((i for i, left in zip(here, goes) if left), paths))
-        here = [i for i, left in zip(here, goes) if not left]
+        if any(goes):
+            paths = best_paths(log_probs[leaves], lengths[leaves], depth)
+            found.update(zip((i for i, left in zip(here, goes) if left), paths))
+            here = [i for i, left in zip(here, goes) if not left]
         return leaves
 
     with encoder.leaving(exits, leave):
