@@ -13,7 +13,11 @@ from typing import Any, Optional, Sequence, Union
 import torch
 
 from dldkit.asr.inference import Speech2Text, get_parser, inference
-from dldkit.asr.loading import encoder_states, read_checkpoint
+from dldkit.asr.loading import (
+    encoder_states,
+    read_checkpoint,
+    without_espnets_news,
+)
 from dldkit.asr.speech import refuse_missing_speech, speech_source, utterance_ids
 from dldkit.asr.stopping import thresholds_on
 from dldkit.data.datadir import read_table
@@ -192,11 +196,12 @@ def _thresholds(
         chosen = asked
         if asked == "auto":
             names = ("asr_train_config", "asr_model_file", "selector", "depth_profile")
-            recogniser = Speech2Text(
-                **{name: options[name] for name in (*names, "dtype", "beam_size")},
-                device="cuda" if options["ngpu"] else "cpu",
-                exit_threshold=0.0,  # refused at once, where it is impossible
-            )
+            with without_espnets_news():
+                recogniser = Speech2Text(
+                    **{name: options[name] for name in (*names, "dtype", "beam_size")},
+                    device="cuda" if options["ngpu"] else "cpu",
+                    exit_threshold=0.0,  # refused at once, where it is impossible
+                )
             chosen = thresholds_on(recogniser, valid_dir, depths)
             for threshold, depth in chosen.items():
                 logging.info(f"threshold {threshold}: depth {depth:.1f} on {valid_dir}")
