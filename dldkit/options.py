@@ -3,9 +3,11 @@
 import argparse
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
+from typing import Union
 
 import humanfriendly
 
@@ -33,6 +35,29 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: write an integer above 0")
     return int(text)
+
+
+def threshold(text: str) -> float:
+    """Read a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number from 0 to 1")
+    return number
+
+
+def exit_thresholds(text: str) -> Union[str, list[float]]:
+    """Read `auto`, `none`, or numbers between blanks or commas, each once."""
+    if text in ("auto", "none"):
+        return text
+    numbers = [threshold(word) for word in text.replace(",", " ").split()]
+    if not numbers:
+        raise argparse.ArgumentTypeError(
+            f'{text!r}: write auto, none, or numbers from 0 to 1, such as "0.02 0.05"'
+        )
+    return list(dict.fromkeys(numbers))
 
 
 def sampling_rate(text: str) -> int:

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dldkit.bin.merge_config import merge_files
 from dldkit.errors import UserError
-from dldkit.options import depth_list, sampling_rate
+from dldkit.options import depth_list, exit_thresholds, sampling_rate
 
 CHOICES = {
     "feats_type": ["raw", "fbank", "extracted"],
@@ -91,6 +91,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         raise UserError('--inference_depths is empty: name depths, such as "12 6 2"')
     settings["inference_depths"] = depths
     settings["valid_depths"] = _valid_depths(config, depths)
+    settings.update(_early_stopping(options, decoded))
     _check_checkpoint(options, "inference_asr_model", decoded, options["asr_exp"])
     _check_language_model(options)
     return settings
@@ -351,6 +352,37 @@ def _valid_depths(config: DictConfig, depths: str) -> str:
         return ""
     chosen = {layers, layers // 2, min(map(int, depths.split()))} - {0}
     return f"[{','.join(map(str, sorted(chosen, reverse=True)))}]"
+
+
+def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str, str]:
+    """Return the thresholds to decode with, and the exits that they may stop at.
+
+    `auto` is `none` where nothing can stop early.
+    """
+    text = options["exit_thresholds"]
+    try:
+        thresholds = exit_thresholds(text)
+    except ArgumentTypeError as error:
+        raise UserError(f"--exit_thresholds {error}") from None
+    exits = OmegaConf.select(config, "encoder_conf.exits") or []
+    layers = OmegaConf.select(config, "encoder_conf.num_blocks")
+    if isinstance(exits, int):
+        exits = list(range(exits, layers or 0, exits))
+    given = dict(_by_name(_words(options, "inference_args")))
+    if options["inference_config"]:
+        given |= merge_files([options["inference_config"]])
+    reason = ""
+    if not exits:
+        reason = f"{options['system']} has no exits; anytime and early_exit have"
+    elif "beam_size" in given and given["beam_size"] not in (1, ["1"]):
+        reason = "a beam search does not stop early; leave out --beam_size"
+    elif options["selector"] == "even":
+        reason = "exits are reached by the first layers; leave out --selector even"
+    if reason and thresholds not in ("auto", "none"):
+        raise UserError(f"--exit_thresholds {text}: {reason}")
+    if reason or thresholds == "none":
+        return {"exit_thresholds": "none", "exits": ""}
+    return {"exits": " ".join(str(exit_) for exit_ in exits)}
 
 
 def _is_open(config: DictConfig, key: str) -> bool:

@@ -60,6 +60,11 @@ BAD_ASR = """
 --inference_asr_model valid.acc.ave.pth | makes valid.loss_ctc.ave.pth, .* latest.pth
 --inference_asr_model valid.loss_ctc.ave_5best.pth | this training will not make it
 --inference_asr_model 3epoch.pth | --inference_asr_model 3epoch.pth: .* has 2 epochs
+--exit_thresholds some | --exit_thresholds 'some': write a number from 0 to 1
+--exit_thresholds 0.1,2 | --exit_thresholds '2': write a number from 0 to 1
+--exit_thresholds 0.1 --system dld | --exit_thresholds 0.1: dld has no exits
+--exit_thresholds 0.1 --selector even | leave out --selector even
+--exit_thresholds 0.1 --inference_args "--beam_size 5" | leave out --beam_size
 --feats_type mfcc | --feats_type mfcc: choose one of raw, fbank, extracted
 --token_type phone | --token_type phone: choose one of char, bpe, word
 --audio_format mp3 | --audio_format mp3: choose one of flac, wav
@@ -202,6 +207,26 @@ def test_layers_count_as_the_training_will_have_them(check):
     assert check(asr_args=words, inference_depths="12")["inference_depths"] == "12"
     words = "--encoder_conf=num_blocks=12 --encoder_conf output_size=8"
     assert check(asr_args=words, inference_depths="12")["inference_depths"] == "12"
+
+
+@pytest.mark.parametrize(
+    "changes, thresholds, exits",
+    [
+        (dict(system="anytime"), None, "2 4"),
+        (dict(system="early_exit", exit_thresholds="0.1"), None, "2 4"),
+        (dict(asr_args="--encoder_conf exits=[1,5]"), None, "1 5"),
+        (dict(system="anytime", exit_thresholds="none"), "none", ""),
+        (dict(system="static"), "none", ""),
+        (dict(selector="even"), "none", ""),
+        (dict(inference_args="--beam_size 1"), None, "2 4"),
+        (dict(inference_args="--beam_size 10"), "none", ""),
+    ],
+)
+def test_early_stopping_is_for_systems_with_exits(check, changes, thresholds, exits):
+    """And for greedy search; `auto` is none elsewhere."""
+    settings = check(**changes)
+    assert settings["exits"] == exits
+    assert settings.get("exit_thresholds") == thresholds
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,10 @@ def test_all_stages_of_mini_an4(an4):
         if row.startswith("| anytime"):
             assert row in an4.printed
     assert "eight real recordings" in an4.printed
+    stopped = json.loads((an4.student / "results.json").read_text())["early_stopping"]
+    assert {r["test_set"] for r in stopped} == {"train_dev", "test"}
+    assert all(2 <= r["depth"] <= 4 for r in stopped)  # its exit, and all layers
+    assert "| early stopping | test set | threshold |" in re.sub(" +", " ", an4.printed)
 
 
 def snippet_of(card):

@@ -1,21 +1,29 @@
-"""Decode test sets at several depths, in parallel."""
+"""Decode test sets at several depths, and stopping early, in parallel."""
 
 import functools
 import hashlib
+import json
 import logging
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Sequence, Union
+from typing import Any, Optional, Sequence, Union
 
 import torch
 
-from dldkit.asr.inference import get_parser, inference
-from dldkit.asr.loading import encoder_states, read_checkpoint
+from dldkit.asr.inference import Speech2Text, get_parser, inference
+from dldkit.asr.loading import (
+    encoder_states,
+    read_checkpoint,
+    without_espnets_news,
+)
 from dldkit.asr.speech import refuse_missing_speech, speech_source, utterance_ids
+from dldkit.asr.stopping import thresholds_on
 from dldkit.data.datadir import read_table
 from dldkit.depth.profile import DepthProfile, find_profile
+from dldkit.depth.thresholds import FILE, read_thresholds, threshold_name
+from dldkit.errors import UserError
 from dldkit.parallel import parallel_map
 from dldkit.step import Step, atomic
 
@@ -28,12 +36,16 @@ LOG_FORMAT = "%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s"
 
 @dataclass
 class Decoding:
-    """One test set at one depth, cut into parts."""
+    """One test set at one depth, or with one threshold, cut into parts.
+
+    Attributes:
+        results: the files that decoding writes.
+    """
 
     data_dir: Path
-    depth: int
     output_dir: Path
     parts: int
+    results: Sequence[str] = RESULTS
 
     @property
     def part_dirs(self) -> list[Path]:
@@ -41,7 +53,7 @@ class Decoding:
 
     def merge(self) -> None:
         """Join the results of the parts, sorted by utterance."""
-        for name in RESULTS:
+        for name in self.results:
             files = [part / "1best_recog" / name for part in self.part_dirs]
             lines = [f.read_text("utf-8").splitlines() for f in files if f.is_file()]
             text = "".join(f"{line}\n" for line in sorted(sum(lines, [])))
@@ -57,8 +69,13 @@ def decode_depths(
     inference_args: Sequence[str] = (),
     nj: int = 1,
     parallel_config: Optional[str] = None,
+    exit_thresholds: Union[str, Sequence[float]] = "none",
+    valid_dir: Union[str, Path, None] = None,
 ) -> None:
     """Write `output_dir/depth<N>/<set>/{text,token,token_int,score}`.
+
+    With thresholds, also `output_dir/threshold<T>/<set>/...`, where `depth` says how
+    many layers each utterance took. Which they are is noted in `output_dir`.
 
     What was decoded before from the same model with the same options is kept; what
     another process is decoding is waited for.
@@ -67,33 +84,40 @@ def decode_depths(
         asr_model_file: checkpoint, beside its config.yaml.
         inference_args: options of `dldkit.bin.asr_inference` for all of them.
         nj: number of jobs.
+        exit_thresholds: for early stopping; `none` | `auto` = those that give mean
+            depths of `depths` on the speech in `valid_dir`.
 
     Raises:
-        UserError: for missing data, or an impossible depth.
+        UserError: for missing data, an impossible depth, or thresholds for a model
+            without exits.
     """
     model_file = Path(asr_model_file)
     model = ["--asr_train_config", str(model_file.parent / "config.yaml")]
     model += ["--asr_model_file", str(model_file), "--num_workers", "0"]
     model += [*inference_args]
     statistics = calibrated(model_file)
-    parts = math.ceil(nj / (len(depths) * len(data_dirs)))
+    kinds = {f"depth{depth}": ["--depth", str(depth)] for depth in sorted(depths)}
+    asked, depths = exit_thresholds, sorted(depths)
+    for threshold in _thresholds(asked, model, valid_dir, depths, Path(output_dir)):
+        kinds[threshold_name(threshold)] = ["--exit_threshold", str(threshold)]
+    parts = math.ceil(nj / (len(kinds) * len(data_dirs)))
     with ExitStack() as steps:
         decodings, jobs = [], []
         # two processes that ask for the same must lock in the same order
         for data_dir in sorted(map(Path, data_dirs)):
             source = speech_source(data_dir)
             refuse_missing_speech(source[0], source[2])
-            for depth in sorted(depths):
+            for kind, of_kind in kinds.items():
+                stops = "--exit_threshold" in of_kind
                 decoding = Decoding(
                     data_dir,
-                    depth,
-                    Path(output_dir) / f"depth{depth}" / data_dir.name,
+                    Path(output_dir) / kind / data_dir.name,
                     min(parts, len(utterance_ids(data_dir))),
+                    (*RESULTS, "depth") if stops else RESULTS,
                 )
-                options = [*model, "--depth", str(depth)]
-                step = steps.enter_context(
-                    _step(decoding, options, statistics.get(depth))
-                )
+                known = statistics if stops else statistics.get(int(of_kind[1]))
+                options = [*model, *of_kind]
+                step = steps.enter_context(_step(decoding, options, known))
                 if not step.done:
                     decodings.append(decoding)
                     jobs += _jobs(decoding, options)
@@ -117,10 +141,16 @@ def calibrated(model_file: Path) -> dict[int, str]:
     return {depth: found.hexdigest() for depth, found in digests.items()}
 
 
-def _step(decoding: Decoding, argv: list[str], statistics: Optional[str]) -> Step:
+def _step(decoding: Decoding, argv: list[str], statistics: Any) -> Step:
     """What a result depends on: options, and the content of the files they name."""
-    needed = ["--output_dir", ".", "--data_path_and_name_and_type", "a,speech,sound"]
-    options = vars(get_parser().parse_args([*argv, *needed]))  # refuses a wrong one
+    files, options = _inputs(decoding.data_dir, argv, statistics)
+    return Step(decoding.output_dir, files, keep=True, **options)
+
+
+def _inputs(
+    data_dir: Path, argv: list[str], statistics: Any
+) -> tuple[dict[str, str], dict[str, Any]]:
+    options = _options(argv)
     for name in IRRELEVANT:
         del options[name]
     if options["depth_profile"] == "auto":
@@ -131,8 +161,53 @@ def _step(decoding: Decoding, argv: list[str], statistics: Optional[str]) -> Ste
         if isinstance(value, (str, Path)) and Path(value).is_file()
     }
     options = {name: value for name, value in options.items() if name not in files}
-    files["speech"] = speech_source(decoding.data_dir)[0]
-    return Step(decoding.output_dir, files, keep=True, **options)
+    files["speech"] = speech_source(data_dir)[0]
+    return files, options
+
+
+def _options(argv: list[str]) -> dict[str, Any]:
+    """Read asr_inference's arguments, but for those of the data; refuses wrong ones."""
+    needed = ["--output_dir", ".", "--data_path_and_name_and_type", "a,speech,sound"]
+    return vars(get_parser().parse_args([*argv, *needed]))
+
+
+def _thresholds(
+    asked: Union[str, Sequence[float]],
+    model: list[str],
+    valid_dir: Union[str, Path, None],
+    depths: Sequence[int],
+    output_dir: Path,
+) -> list[float]:
+    """Return the thresholds to decode with, and note them for the report."""
+    path = output_dir / FILE
+    if asked == "none":
+        path.unlink(missing_ok=True)
+        return []
+    files, relevant = {}, {}
+    if asked == "auto":
+        if valid_dir is None:
+            raise UserError("--exit_thresholds auto: say on what speech by --valid_dir")
+        options = _options(model)
+        statistics = calibrated(Path(options["asr_model_file"]))
+        files, relevant = _inputs(Path(valid_dir), model, statistics)
+    with Step(path.parent, files, True, asked=asked, depths=depths, **relevant) as step:
+        if step.done and path.is_file():
+            return read_thresholds(output_dir)
+        chosen = asked
+        if asked == "auto":
+            names = ("asr_train_config", "asr_model_file", "selector", "depth_profile")
+            with without_espnets_news():
+                recogniser = Speech2Text(
+                    **{name: options[name] for name in (*names, "dtype", "beam_size")},
+                    device="cuda" if options["ngpu"] else "cpu",
+                    exit_threshold=0.0,  # refused at once, where it is impossible
+                )
+            chosen = thresholds_on(recogniser, valid_dir, depths)
+            for threshold, depth in chosen.items():
+                logging.info(f"threshold {threshold}: depth {depth:.1f} on {valid_dir}")
+        with atomic(path) as part:
+            part.write_text(json.dumps(list(chosen)) + "\n")
+    return list(chosen)
 
 
 def _jobs(decoding: Decoding, model: list[str]) -> list[tuple[list[str], Path]]:

@@ -1,7 +1,7 @@
 """ESPnet's encoders with layer dropping in training and run-time depth."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Union
 
 import torch
@@ -15,6 +15,10 @@ from dldkit.depth.sampler import build_sampler
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 from dldkit.signature import merged_signature
+
+
+class _AllLeft(Exception):
+    """No utterance is left in the batch: nothing that follows has anything to do."""
 
 
 class LayerDropEncoder(DynamicDepth):
@@ -98,6 +102,53 @@ class LayerDropEncoder(DynamicDepth):
 
         with self.gates.visited(visit):
             yield outputs
+
+    @contextmanager
+    def leaving(
+        self,
+        depths: Collection[int],
+        leave: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> Iterator[None]:
+        """Let utterances leave the batch on the way, at the end those that are left.
+
+        Layers run as long as there are utterances. The forward in this context gives
+        nothing back: what is wanted of an output, `leave` takes. The frames stay as
+        many as they are: padding that is cut would change what is beside it.
+
+        Args:
+            depths: how many first layers utterances may leave after.
+            leave: takes such a depth, its output (Batch, Time, Dim) for the utterances
+                that are still there, and their valid frames (Batch,); says which of
+                them leave (Batch,).
+
+        Raises:
+            UserError: when other layers run than the first ones.
+        """
+        layers = self.active_layers
+        deepest = len(layers)
+        if layers != tuple(range(deepest)):
+            raise UserError(
+                f"utterances can not leave layers {list(layers)} early: what layer n "
+                "gives is an exit's output just where the first layers run"
+            )
+
+        def visit(slot: int, output):
+            depth = slot + 1
+            if depth < deepest and depth not in depths:
+                return output
+            hidden, masks = output
+            lengths = masks.squeeze(1).sum(1)
+            stays = ~leave(depth, self.output_of(hidden), lengths)
+            if depth == deepest or not stays.any():
+                raise _AllLeft
+            if stays.all():
+                return output
+            if isinstance(hidden, tuple):  # the positional embedding is of no utterance
+                return (hidden[0][stays], *hidden[1:]), masks[stays]
+            return hidden[stays], masks[stays]
+
+        with self.gates.visited(visit), suppress(_AllLeft):
+            yield
 
     def output_of(
         self, hidden: Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]

@@ -22,13 +22,24 @@ from espnet2.utils.types import str_or_none
 import dldkit
 from dldkit.asr.loading import check_weights, encoder_states, read_checkpoint
 from dldkit.asr.speech import refuse_missing_speech
+from dldkit.asr.stopping import BestPath, best_paths, stopping, usable_exits
 from dldkit.depth.profile import find_profile, fingerprint
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
-from dldkit.options import layer_list, positive
+from dldkit.options import layer_list, positive, threshold
 from dldkit.patches import patched
 
 dldkit.register()
+
+
+class GreedyHypothesis(Hypothesis):
+    """What greedy search found.
+
+    Attributes:
+        depth: how many layers gave it; 0 = an encoder of fixed depth.
+    """
+
+    depth: int = 0
 
 
 class Speech2Text(espnet_inference.Speech2Text):
@@ -44,9 +55,13 @@ class Speech2Text(espnet_inference.Speech2Text):
             was trained.
         depth_profile: a file, `auto` = the checkpoint's profile if there is one beside
             it, None = the checkpoint's own BatchNorm statistics.
+        exit_threshold: an utterance leaves the encoder at the first exit where CTC's
+            entropy is below it (from 0 to 1, see `dldkit.asr.stopping.entropy`), and at
+            the depth at the latest; None = at the depth.
 
     Raises:
-        UserError: for an impossible depth, or a checkpoint that does not fit.
+        UserError: for an impossible depth, a checkpoint that does not fit, or an
+            exit_threshold for a model without exits or a beam search.
     """
 
     def __init__(
@@ -59,6 +74,7 @@ class Speech2Text(espnet_inference.Speech2Text):
         layers: Optional[Sequence[int]] = None,
         selector: Optional[str] = None,
         depth_profile: Union[Path, str, None] = "auto",
+        exit_threshold: Optional[float] = None,
         **kwargs: Any,
     ):
         if asr_model_file is None:
@@ -91,6 +107,10 @@ class Speech2Text(espnet_inference.Speech2Text):
             )
         if depth is not None or layers is not None or depth_profile is not None:
             self.set_depth(depth, layers)
+        self.exit_threshold = exit_threshold
+        if exit_threshold is not None:
+            self._refuse_beam_search()
+            usable_exits(self.asr_model.encoder)
 
     @classmethod
     def from_pretrained(cls, model_tag: Optional[str] = None, **kwargs: Any):
@@ -122,6 +142,13 @@ class Speech2Text(espnet_inference.Speech2Text):
         encoder = self._dynamic_encoder()
         return encoder.running(encoder.choose_layers(depth, layers, self.selector))
 
+    def _refuse_beam_search(self) -> None:
+        if not self.greedy:
+            raise UserError(
+                "exit_threshold with a beam search: just greedy search stops early; "
+                "set beam_size 1, or no exit_threshold"
+            )
+
     def _dynamic_encoder(self):
         encoder = self.asr_model.encoder
         if not hasattr(encoder, "set_depth"):
@@ -131,47 +158,74 @@ class Speech2Text(espnet_inference.Speech2Text):
             )
         return encoder
 
-    def __call__(self, speech):
-        """Recognise one utterance (Samples,), or a list of them."""
+    def __call__(self, speech, exit_threshold: Optional[float] = None):
+        """Recognise one utterance (Samples,), or a list of them.
+
+        Args:
+            exit_threshold: of this request, for greedy search; None = as it was built.
+        """
+        if exit_threshold is not None:
+            self._refuse_beam_search()
         if not self.greedy:
             return super().__call__(speech)
         if isinstance(speech, (list, tuple)):
-            return self.batch_decode(speech)
-        return self.batch_decode([speech])[0]
+            return self.batch_decode(speech, exit_threshold=exit_threshold)
+        return self.batch_decode([speech], exit_threshold=exit_threshold)[0]
 
     @torch.no_grad()
-    def batch_decode(self, speech, speech_lengths=None):
-        """Recognise a batch; see ESPnet's Speech2Text.batch_decode."""
+    def batch_decode(
+        self, speech, speech_lengths=None, exit_threshold: Optional[float] = None
+    ):
+        """Recognise a batch; see ESPnet's Speech2Text.batch_decode, and `__call__`."""
         if not self.greedy:
             return super().batch_decode(speech, speech_lengths)
+        batch = self.padded(speech, speech_lengths)
+        # these two lines of an utterance are what ESPnet's calculate_rtf.py reads
+        for length in batch["speech_lengths"].tolist():
+            logging.info(f"speech length: {length}")
+        if exit_threshold is None:
+            exit_threshold = self.exit_threshold
+        return [
+            [self._greedy_result(path)] for path in self._paths(batch, exit_threshold)
+        ]
+
+    def padded(self, speech, speech_lengths=None) -> dict[str, torch.Tensor]:
+        """Return a batch of utterances (Samples,) as the model takes it."""
         if isinstance(speech, (list, tuple)):
             speech = [torch.as_tensor(np.asarray(s)) for s in speech]
             speech_lengths = torch.tensor([len(s) for s in speech])
             speech = torch.nn.utils.rnn.pad_sequence(speech, batch_first=True)
-        # these two lines of an utterance are what ESPnet's calculate_rtf.py reads
-        for length in speech_lengths.tolist():
-            logging.info(f"speech length: {length}")
         batch = {
             "speech": speech.to(getattr(torch, self.dtype)),
             "speech_lengths": speech_lengths,
         }
-        encoded, lengths = self.asr_model.encode(**to_device(batch, self.device))
+        return to_device(batch, self.device)
+
+    def _paths(
+        self, batch: dict[str, torch.Tensor], exit_threshold: Optional[float]
+    ) -> list[BestPath]:
+        model = self.asr_model
+        if exit_threshold is not None:
+            exits = usable_exits(model.encoder)
+            with stopping(model, exits, exit_threshold) as found:
+                model.encode(**batch)
+            return [found[i] for i in range(len(found))]
+        encoded, lengths = model.encode(**batch)
         if isinstance(encoded, tuple):  # with intermediate outputs
             encoded = encoded[0]
-        scores, tokens = self.asr_model.ctc.log_softmax(encoded).max(-1)
-        return [
-            [self._greedy_result(t[:length].tolist(), float(s[:length].sum()))]
-            for s, t, length in zip(scores, tokens, lengths.tolist())
-        ]
+        depth = len(getattr(model.encoder, "active_layers", ()))
+        return best_paths(model.ctc.log_softmax(encoded), lengths, depth)
 
-    def _greedy_result(self, best_path: list[int], score: float):
+    def _greedy_result(self, path: BestPath):
         blank, eos = self.asr_model.blank_id, self.asr_model.eos
-        token_int = [t for t, _ in groupby(best_path) if t not in (blank, eos)]
+        token_int = [t for t, _ in groupby(path.tokens) if t not in (blank, eos)]
         token = self.converter.ids2tokens(token_int)
         text = self.tokenizer.tokens2text(token) if self.tokenizer else None
         logging.info(f"best hypo: {''.join(token)}\n")
         yseq = torch.tensor([self.asr_model.sos, *token_int, eos])
-        return text, token, token_int, Hypothesis(yseq=yseq, score=score)
+        hypothesis = GreedyHypothesis(yseq, path.score)
+        hypothesis.depth = path.depth
+        return text, token, token_int, hypothesis
 
 
 def inference(
@@ -179,13 +233,22 @@ def inference(
     layers: Optional[Sequence[int]],
     selector: Optional[str],
     depth_profile: Optional[str],
+    exit_threshold: Optional[float],
     **espnet_options: Any,
 ) -> None:
     """Run ESPnet's `asr_inference` with the depth options of `Speech2Text`.
 
     ESPnet's own loop reads data, decodes and writes; it looks its Speech2Text up by
-    name, which is where ours comes in.
+    name, which is where ours comes in. With an exit_threshold, `depth` is written
+    beside `score`: the depth at which each utterance left.
     """
+    write_results = espnet_inference._write_results
+
+    def write_with_depth(writer, key, results, **options):
+        write_results(writer=writer, key=key, results=results, **options)
+        hypothesis = results[0][-1]
+        if hasattr(hypothesis, "depth"):  # else it was too short for the encoder
+            writer["1best_recog"]["depth"][key] = str(hypothesis.depth)
 
     class DepthSpeech2Text(Speech2Text):
         def __init__(self, **kwargs):
@@ -194,13 +257,18 @@ def inference(
                 layers=layers,
                 selector=selector,
                 depth_profile=depth_profile,
+                exit_threshold=exit_threshold,
                 **kwargs,
             )
 
+    writes = write_results if exit_threshold is None else write_with_depth
     for path, _, kind in espnet_options["data_path_and_name_and_type"]:
         refuse_missing_speech(path, kind)
     try:
-        with patched(espnet_inference, "Speech2Text", DepthSpeech2Text):
+        with (
+            patched(espnet_inference, "Speech2Text", DepthSpeech2Text),
+            patched(espnet_inference, "_write_results", writes),
+        ):
             espnet_inference.inference(**espnet_options)
     except (soundfile.LibsndfileError, OSError) as error:
         # from a worker process, its message holds a stack trace; and torch gives
@@ -228,6 +296,12 @@ def get_parser():
         type=str_or_none,
         default="auto",
         help="File of dldkit.bin.calibrate; auto = that of the checkpoint; none",
+    )
+    group.add_argument(
+        "--exit_threshold",
+        type=threshold,
+        help="An utterance leaves the encoder at the first exit where CTC's entropy, "
+        "from 0 to 1, is below this; the depths are written beside the scores",
     )
     parser.set_defaults(beam_size=1, batch_size=16)
     return parser

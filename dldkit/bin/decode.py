@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
-"""Decode test sets at several depths, in parallel."""
+"""Decode test sets at several depths, and stopping early, in parallel."""
 
 import argparse
 import shlex
 from pathlib import Path
 
 from dldkit.errors import report_user_errors
-from dldkit.options import add_job_options, command_parser, depth_list, parse
+from dldkit.options import (
+    add_job_options,
+    command_parser,
+    depth_list,
+    exit_thresholds,
+    parse,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -24,6 +30,15 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--inference_tag", required=True, help="results go to EXP/TAG/depthN/SET")
     add("--inference_args", default="", help="options of dldkit.bin.asr_inference")
+    add(
+        "--exit_thresholds",
+        type=exit_thresholds,
+        default="none",
+        help='early stopping by confidence, for a model with exits: none, "0.02 0.05", '
+        "or auto: those that give mean depths of --depths on --valid_dir; results go "
+        "to EXP/TAG/thresholdT/SET",
+    )
+    add("--valid_dir", help="speech for --exit_thresholds auto: dump/raw/dev")
     add_job_options(parser)
     return parser
 
@@ -42,6 +57,8 @@ def main(cmd=None) -> None:
         shlex.split(args.inference_args),
         args.nj,
         args.parallel_config,
+        args.exit_thresholds,
+        args.valid_dir,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Optional, Sequence
 from espnet2.utils.types import str_or_none
 
 from dldkit.depth.selector import SELECTORS
+from dldkit.depth.thresholds import FILE
 from dldkit.errors import UserError, report_user_errors
 from dldkit.options import command_parser, depth_list, named_paths, parse, positive
 from dldkit.report.report import make_report
@@ -31,7 +32,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_root", required=True, help="where the test sets lie: dump/raw")
     add("--test_sets", required=True, help='names of test sets: "a b"')
     add("--depths", required=True, type=depth_list, help='layers: "12 10 8 6 4 2"')
-    add("--inference_tag", required=True, help="results are in EXP/TAG/depthN/SET")
+    add(
+        "--inference_tag",
+        required=True,
+        help="results are in EXP/TAG/depthN/SET and, of early stopping, thresholdT/SET",
+    )
     add("--inference_asr_model", required=True, help="the model file in EXP")
     add("--output_dir", required=True, help="for RESULTS.md, results.json and the plot")
     add("--selector", choices=list(SELECTORS), help="as in decoding")
@@ -72,6 +77,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         for name, exp in systems.items()
         for pattern in (
             f"{args['inference_tag']}/*/*/text",
+            f"{args['inference_tag']}/*/*/depth",
+            f"{args['inference_tag']}/{FILE}",
             args["inference_asr_model"],
         )
         for file in sorted(exp.glob(pattern))

@@ -288,6 +288,31 @@ class DynamicDepth:
         """
         self.gates.select(self.choose_layers(depth, layers, selector))
 
+    def is_passed_by(self, layers: tuple[int, ...], more: tuple[int, ...]) -> bool:
+        """Whether `layers` give the same alone and as the beginning of `more`.
+
+        They do not where the depth profile has other BatchNorm statistics for them.
+        """
+        if layers != more[: len(layers)]:
+            return False
+        if self._profile is None:
+            return True
+        if (layers, more) not in self._passed:
+            found = self._profile.statistics
+            alone, beginning = found.get(layers, {}), found.get(more, {})
+            self._passed[layers, more] = bool(alone) == bool(beginning) and all(
+                torch.allclose(value, other, rtol=1e-4, atol=1e-6)
+                for name in alone
+                for value, other in zip(alone[name], beginning[name])
+            )
+            if not self._passed[layers, more]:
+                logging.warning(
+                    f"depth {len(layers)} is no exit on the way to {len(more)}: they "
+                    "have other BatchNorm statistics in the depth profile. Calibrate "
+                    "both with dldkit.bin.calibrate"
+                )
+        return self._passed[layers, more]
+
     def running(self, layers: Sequence[int]) -> AbstractContextManager[None]:
         """Run just these layers, in this thread, while the context lasts.
 
@@ -319,5 +344,5 @@ class DynamicDepth:
 
     def attach_depth_profile(self, profile: Optional[DepthProfile]) -> None:
         """Use the statistics of a depth profile; None = the checkpoint's own."""
-        self._profile, self._warned = profile, set()
+        self._profile, self._warned, self._passed = profile, set(), {}
         use_statistics(self, self.gates, profile.statistics if profile else {})

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence, Union
+from typing import Any, Callable, Sequence, Union
 
 import numpy as np
 import soundfile
@@ -69,6 +69,28 @@ def macs(model: AbsESPnetModel, speech: np.ndarray) -> int:
             f"that one {error}"
         )
     return counter.get_total_flops() // 2
+
+
+def macs_of_stopping(
+    recogniser: Any, speech: np.ndarray, depths: Sequence[int]
+) -> float:
+    """Count the multiply-accumulates of an utterance that leaves at each of `depths`.
+
+    The output layers of the exits that it passes are counted as well.
+
+    Args:
+        recogniser: a `Speech2Text` of a model with exits.
+
+    Returns:
+        The mean over `depths`.
+    """
+    found = {}
+    for depth in set(depths):
+        counter = FlopCounterMode(display=False)
+        with recogniser.running(depth), counter:
+            recogniser(speech, exit_threshold=0.0)
+        found[depth] = counter.get_total_flops() // 2
+    return sum(found[depth] for depth in depths) / len(depths)
 
 
 def speech_seconds(

@@ -1,6 +1,7 @@
 """Word error rate against depth, and against cost."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Union
 
@@ -14,7 +15,8 @@ def plot(
 ) -> None:
     """Draw WER against depth and against MACs, one line per system, CI as bars.
 
-    Each test set has one row of two panels.
+    Early stopping has a dashed line of its own, with hollow marks, against the mean
+    depth. Each test set has one row of two panels.
     """
     import matplotlib
 
@@ -33,9 +35,14 @@ def plot(
     )
     for panels, test_set in zip(rows, names):
         here = [result for result in results if result.test_set == test_set]
-        for i, system in enumerate(systems):
+        for i, (system, stops) in enumerate(product(systems, (False, True))):
             points = sorted(
-                (r for r in here if r.system == system), key=lambda r: r.depth
+                (
+                    r
+                    for r in here
+                    if r.system == system and (r.threshold is not None) == stops
+                ),
+                key=lambda r: r.depth,
             )
             if not points:
                 continue
@@ -46,19 +53,21 @@ def plot(
                 [r.depth for r in points],
                 [(r.macs_per_second or np.nan) / 1e6 for r in points],
             )
+            style = dict(linestyle="--", markerfacecolor="white") if stops else {}
             for panel, x in zip(panels, x_values):
                 panel.errorbar(
                     x,
                     wer,
                     yerr=bars,
-                    label=system,
-                    color=f"C{i % 10}",
-                    marker="osD^vPX*"[i % 8],
+                    label=f"{system}, early stopping" if stops else system,
+                    color=f"C{i // 2 % 10}",
+                    marker="osD^vPX*"[i // 2 % 8],
                     capsize=3,
                     clip_on=False,  # a WER of 0 lies on the frame
+                    **style,
                 )
         _scale(panels[0], [100 * r.words.error_rate for r in here])
-        panels[0].set_xticks(sorted({r.depth for r in results}))
+        panels[0].set_xticks(sorted({r.depth for r in results if r.threshold is None}))
         panels[0].set_xlabel("encoder layers")
         panels[1].set_xlabel("million MACs per second of audio")
         panels[0].set_title(test_set, loc="left", fontweight="bold")

@@ -14,10 +14,23 @@ from dldkit.report.plot import plot
 from dldkit.report.results import (
     Result,
     collect_scores,
+    collect_stopped,
     load_recognisers,
     measure_costs,
 )
-from dldkit.report.tables import espnet_table, not_decoded_lines, summary_table
+from dldkit.report.tables import (
+    espnet_table,
+    not_decoded_lines,
+    stopping_table,
+    summary_table,
+)
+
+STOPPING = (
+    "- An utterance leaves the encoder at the first exit where the entropy of CTC's "
+    "posteriors, the mean over its frames as a share of the largest possible one, is "
+    "below the threshold. Depth: mean over the utterances. MMACs/s: as above, the mean "
+    "over the depths that they left at, with the output layers of the exits passed."
+)
 
 
 def make_report(
@@ -50,8 +63,11 @@ def make_report(
     results = collect_scores(
         systems, data_root, test_sets, depths, inference_tag, bootstrap, seed
     )
+    stopped = collect_stopped(
+        systems, data_root, test_sets, inference_tag, bootstrap, seed
+    )
     measure_costs(
-        results,
+        [*results, *stopped],
         load_recognisers(systems, inference_asr_model, selector, depth_profile),
         data_root,
         frame_shift,
@@ -70,18 +86,25 @@ def make_report(
         "notes": notes(rtf_utts, rtf_repeats, bootstrap, seed),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
-    everything = {**facts, "results": [result.as_json() for result in results]}
+    everything = {
+        **facts,
+        "results": [result.as_json() for result in results],
+        "early_stopping": [result.as_json() for result in stopped],
+    }
     (output_dir / "results.json").write_text(
         json.dumps(everything, indent=2) + "\n", encoding="utf-8"
     )
-    plot(results, facts["test_sets"], output_dir / "wer_vs_depth.png")
+    plot([*results, *stopped], facts["test_sets"], output_dir / "wer_vs_depth.png")
     (output_dir / "RESULTS.md").write_text(
-        render(results, facts), encoding="utf-8"
+        render(results, stopped, facts), encoding="utf-8"
     )  # last: with it the report is complete
-    return f"{speech_lines(facts['test_sets'])}\n\n{summary_table(results)}"
+    printed = [speech_lines(facts["test_sets"]), summary_table(results)]
+    return "\n\n".join(printed + ([stopping_table(stopped)] if stopped else []))
 
 
-def render(results: Sequence[Result], facts: dict[str, Any]) -> str:
+def render(
+    results: Sequence[Result], stopped: Sequence[Result], facts: dict[str, Any]
+) -> str:
     """Render RESULTS.md."""
     parts = [
         "# Results",
@@ -93,11 +116,13 @@ def render(results: Sequence[Result], facts: dict[str, Any]) -> str:
         "\n".join(f"- {note}" for note in facts["notes"]),
         "![WER against depth and against MACs](wer_vs_depth.png)",
     ]
+    if stopped:
+        parts += ["## Early stopping", stopping_table(stopped), STOPPING]
     if lost := not_decoded_lines(results):
         parts += ["## Not decoded, counted as deletions", lost]
     for system, about in facts["systems"].items():
         parts.append(f"## {system}: {about['experiment']} ({about['model']})")
-        own = [result for result in results if result.system == system]
+        own = [r for r in [*results, *stopped] if r.system == system]
         for title, unit in (("WER", "words"), ("CER", "characters")):
             parts.append(f"### {title}")
             parts.append(espnet_table(own, unit, facts["inference_tag"]))

@@ -5,9 +5,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, Optional
 
+from dldkit.data.datadir import read_table
+from dldkit.depth.thresholds import read_thresholds, threshold_name
 from dldkit.errors import UserError
 from dldkit.report.scoring import Score, bootstrap_interval, not_decoded, score_files
 
@@ -16,19 +18,34 @@ from dldkit.report.scoring import Score, bootstrap_interval, not_decoded, score_
 
 @dataclass
 class Result:
-    """One system on one test set at one depth; error rates are fractions."""
+    """One system on one test set at one depth; error rates are fractions.
+
+    Attributes:
+        depth: number of layers; with early stopping the mean over utterances.
+        threshold: of early stopping; None = all utterances ran at the depth.
+        depths: how many layers each utterance took, with early stopping.
+    """
 
     system: str
     test_set: str
-    depth: int
+    depth: float
     words: Score
     characters: Score
     interval: tuple[float, float]
+    not_decoded: dict[str, str] = field(default_factory=dict)  # utterance, why
     layers: tuple[int, ...] = ()
     parameters: Optional[int] = None
     macs_per_second: Optional[float] = None
     rtf: list[float] = field(default_factory=list)
-    not_decoded: dict[str, str] = field(default_factory=dict)  # utterance, why
+    threshold: Optional[float] = None
+    depths: list[int] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """The directory of what was decoded: depth6, or threshold0.02."""
+        if self.threshold is None:
+            return f"depth{self.depth}"
+        return threshold_name(self.threshold)
 
     def as_json(self) -> dict[str, Any]:
         """What results.json holds; error rates in percent, as in the tables."""
@@ -47,6 +64,7 @@ class Result:
             "rtf_median": median(self.rtf) if self.rtf else None,
             "rtf": self.rtf,
             "not_decoded": self.not_decoded,
+            **({} if self.threshold is None else {"threshold": self.threshold}),
         }
 
 
@@ -83,22 +101,45 @@ def collect_scores(
                 )
             for depth, text in decoded:
                 if depth not in left_out:
-                    words, characters = score_files(data_root / test_set / "text", text)
-                    interval = bootstrap_interval(words, bootstrap, seed)
-                    results.append(
-                        Result(
-                            system,
-                            test_set,
-                            depth,
-                            words,
-                            characters,
-                            interval,
-                            not_decoded=not_decoded(data_root / test_set, text.parent),
-                        )
-                    )
+                    scores = _scores(data_root / test_set, text, bootstrap, seed)
+                    results.append(Result(system, test_set, depth, *scores))
     if missing := [str(d) for d in depths if d not in {r.depth for r in results}]:
         logging.warning(f"nothing is decoded at depth {' '.join(missing)}: left out")
     return results
+
+
+def collect_stopped(
+    systems: dict[str, Path],
+    data_root: Path,
+    test_sets: Sequence[str],
+    inference_tag: str,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> list[Result]:
+    """Score what was decoded with early stopping; see `collect_scores`."""
+    results = []
+    for test_set in test_sets:
+        for system, exp in systems.items():
+            decoded = Path(exp) / inference_tag
+            for threshold in read_thresholds(decoded):
+                text = decoded / threshold_name(threshold) / test_set / "text"
+                if not text.is_file():
+                    logging.warning(f"{text} does not exist, left out")
+                    continue
+                depths = read_table(text.with_name("depth"))
+                depths = [int(depth) for depth in depths.values()]
+                scores = _scores(data_root / test_set, text, bootstrap, seed)
+                result = Result(system, test_set, mean(depths), *scores)
+                result.threshold, result.depths = threshold, depths
+                results.append(result)
+    return results
+
+
+def _scores(data_dir: Path, text: Path, bootstrap: int, seed: int):
+    """Return the scores of a decoded text, the interval, and what is not decoded."""
+    words, characters = score_files(data_dir / "text", text)
+    interval = bootstrap_interval(words, bootstrap, seed)
+    return words, characters, interval, not_decoded(data_dir, text.parent)
 
 
 def load_recognisers(
@@ -159,16 +200,21 @@ def measure_costs(
     timed = []
     for result in results:
         recogniser = recognisers[result.system]
-        at_depth = functools.partial(recogniser.set_depth, depth=result.depth)
-        at_depth()
-        model = recogniser.asr_model
-        result.layers = model.encoder.active_layers
-        result.parameters = cost.parameters_in_use(model)
         (utterance,) = load(result.system, result.test_set, 1)
-        macs = cost.macs(model, utterance.speech)
-        result.macs_per_second = macs / utterance.seconds
         utterances = load(result.system, result.test_set, rtf_utts)
-        timed.append(cost.TimedDecoder(at_depth, recogniser, utterances))
+        if result.threshold is None:
+            at_depth = functools.partial(recogniser.set_depth, depth=result.depth)
+            at_depth()
+            model = recogniser.asr_model
+            result.layers = model.encoder.active_layers
+            result.parameters = cost.parameters_in_use(model)
+            macs = cost.macs(model, utterance.speech)
+            timed.append(cost.TimedDecoder(at_depth, recogniser, utterances))
+        else:
+            macs = cost.macs_of_stopping(recogniser, utterance.speech, result.depths)
+            decode = functools.partial(recogniser, exit_threshold=result.threshold)
+            timed.append(cost.TimedDecoder(recogniser.set_depth, decode, utterances))
+        result.macs_per_second = macs / utterance.seconds
     if rtf_utts > 0 and rtf_repeats > 0:
         for result, factors in zip(results, cost.real_time_factors(timed, rtf_repeats)):
             result.rtf = factors

@@ -24,20 +24,49 @@ def summary_table(results: Sequence[Result]) -> str:
                 r.test_set,
                 r.depth,
                 _slots(r.layers),
-                f"{100 * r.words.error_rate:.2f} "
-                f"[{100 * r.interval[0]:.2f}, {100 * r.interval[1]:.2f}]",
-                f"{100 * r.characters.error_rate:.2f}",
+                *_error_rates(r),
                 "-" if r.parameters is None else f"{r.parameters:,}",
-                "-" if r.macs_per_second is None else f"{r.macs_per_second / 1e6:.1f}",
-                (
-                    f"{median(r.rtf):.4f} ({min(r.rtf):.4f}-{max(r.rtf):.4f})"
-                    if r.rtf
-                    else "-"
-                ),
+                *_costs(r),
             )
             for r in results
         ),
         text_columns=2,
+    )
+
+
+def stopping_table(results: Sequence[Result]) -> str:
+    """Render the table of early stopping: systems, test sets and thresholds."""
+    return markdown(
+        "early stopping | test set | threshold | mean depth | WER % [95 % CI] | CER % "
+        "| MMACs/s | RTF median (min-max)",
+        (
+            (
+                r.system,
+                r.test_set,
+                f"{r.threshold:g}",
+                f"{r.depth:.1f}",
+                *_error_rates(r),
+                *_costs(r),
+            )
+            for r in results
+        ),
+        text_columns=2,
+    )
+
+
+def _error_rates(result: Result) -> tuple[str, str]:
+    low, high = (100 * bound for bound in result.interval)
+    return (
+        f"{100 * result.words.error_rate:.2f} [{low:.2f}, {high:.2f}]",
+        f"{100 * result.characters.error_rate:.2f}",
+    )
+
+
+def _costs(result: Result) -> tuple[str, str]:
+    macs, rtf = result.macs_per_second, result.rtf
+    return (
+        "-" if macs is None else f"{macs / 1e6:.1f}",
+        f"{median(rtf):.4f} ({min(rtf):.4f}-{max(rtf):.4f})" if rtf else "-",
     )
 
 
@@ -48,7 +77,7 @@ def espnet_table(results: Sequence[Result], unit: str, inference_tag: str) -> st
         total = getattr(result, unit).totals()
         rows.append(
             [
-                f"{inference_tag}/depth{result.depth}/{result.test_set}",
+                f"{inference_tag}/{result.kind}/{result.test_set}",
                 total["snt"],
                 total["wrd"],
                 *(

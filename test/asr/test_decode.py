@@ -1,6 +1,7 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from dldkit.asr import decode
 from dldkit.asr.calibration import write_depth_profile
 from dldkit.asr.inference import Speech2Text
 from dldkit.bin.decode import main
+from dldkit.depth.thresholds import read_thresholds
 from dldkit.errors import UserError
 
 MODEL = "valid.loss_ctc.ave.pth"
@@ -201,6 +203,83 @@ def test_logging_is_left_as_it_was(run, caplog, corpus):
     before = list(root.handlers), root.level
     run(depths=[2], sets=[corpus.dev])
     assert (root.handlers, root.level) == before
+
+
+@pytest.fixture
+def with_exits(build, tmp_path):
+    """An untrained model with exits, of which CTC is sure here and there."""
+    directory = tmp_path / "exits"
+    model = build(
+        directory=directory,
+        encoder="ld_conformer",
+        model="dld",
+        encoder_conf=dict(depth_sampler="full", layer_choice="prefix", exits=1),
+    )
+    states = model.state_dict()
+    states["ctc.ctc_lo.weight"] *= 8
+    torch.save(states, directory / MODEL)
+    return directory
+
+
+class TestEarlyStopping:
+    @pytest.fixture
+    def run(self, with_exits, corpus, jobs):
+        def decoded(thresholds, depths=(4, 3, 2), **options):
+            before = len(jobs)
+            decode.decode_depths(
+                *(with_exits / MODEL, [corpus.train], depths, with_exits / "greedy"),
+                exit_thresholds=thresholds,
+                valid_dir=corpus.train,
+                **options,
+            )
+            return len(jobs) - before
+
+        return decoded
+
+    def test_thresholds_have_directories_with_depths(self, run, with_exits, corpus):
+        threshold = 0.3
+        assert run([threshold, 0.0]) == 5
+        assert read_thresholds(with_exits / "greedy") == [threshold, 0.0]
+        speech2text = Speech2Text(with_exits / "config.yaml", with_exits / MODEL)
+        by_length = sorted("abcdefghi", key=lambda utt: len(corpus.speech(utt)))
+        decoded = speech2text([corpus.speech(u) for u in by_length], threshold)
+        found = with_exits / "greedy/threshold0.3/train"
+        assert list(read(found / "depth")) == list("abcdefghi")
+        for utt, ((text, *_, hypothesis),) in zip(by_length, decoded):
+            assert read(found / "text")[utt].strip() == text
+            assert read(found / "depth")[utt] == str(hypothesis.depth)
+        never = read(with_exits / "greedy/threshold0/train/text")
+        assert never == read(with_exits / "greedy/depth4/train/text")
+        assert not (with_exits / "greedy/depth4/train/depth").exists()
+
+    def test_auto_thresholds_give_mean_depths_of_the_validation_set(
+        self, run, with_exits
+    ):
+        assert run("auto") == 5  # depths 4 3 2, thresholds for 3 and 2
+        thresholds = read_thresholds(with_exits / "greedy")
+        assert len(thresholds) == 2
+        for threshold, wanted in zip(thresholds, (2, 3)):
+            depths = read(with_exits / f"greedy/threshold{threshold:g}/train/depth")
+            assert np.mean(list(map(int, depths.values()))) == pytest.approx(
+                wanted, abs=0.5
+            )
+        assert run("auto") == 0
+        assert run([0.3]) == 1
+        assert read_thresholds(with_exits / "greedy") == [0.3]
+        assert run("auto") == 0  # they are chosen again, and decoded before
+        assert read_thresholds(with_exits / "greedy") == thresholds
+        assert run("none") == 0
+        assert read_thresholds(with_exits / "greedy") == []
+
+    def test_what_can_not_stop_early_is_refused(self, run, experiment, corpus):
+        with pytest.raises(UserError, match="beam_size 1"):
+            run("auto", inference_args=["--beam_size", "3", "--ctc_weight", "1.0"])
+        one = (experiment / MODEL, [corpus.dev], [2], experiment / "greedy")
+        for asked in ("auto", [0.1]):
+            with pytest.raises(UserError, match="needs a model with exits"):
+                decode.decode_depths(*one, exit_thresholds=asked, valid_dir=corpus.dev)
+        with pytest.raises(UserError, match="--valid_dir"):
+            decode.decode_depths(*one, exit_thresholds="auto")
 
 
 @pytest.mark.integration

@@ -89,12 +89,53 @@ def test_what_was_not_decoded_counts_as_deletions_and_is_listed(decoded):
     assert four.as_json()["not_decoded"] == four.not_decoded
     facts = dict(command="", environment={}, test_sets={"test": SOURCE}, notes=[])
     facts.update(systems={}, inference_tag="tag")
-    assert "## Not decoded, counted as deletions\n\n- dld" in render([four], facts)
+    assert "## Not decoded, counted as deletions\n\n- dld" in render([four], [], facts)
     four.not_decoded = {}
-    assert "Not decoded" not in render([four], facts)
+    assert "Not decoded" not in render([four], [], facts)
     # as beam search writes it, for what it heard nothing in
     write_table(exp / "score", {"u1": "tensor(-1.5)", "u2": "tensor(-2.5)"})
     assert list(collect(decoded, depths=[4])[0].not_decoded) == ["u3"]
+
+
+@pytest.fixture
+def stopped(decoded):
+    """The same with early stopping: one edit at a mean depth of 3, two at 2."""
+    tag = decoded / "exp/dld/tag"
+    (tag / "exit_thresholds").mkdir()
+    (tag / "exit_thresholds/thresholds.json").write_text("[0.125, 0.5]")
+    for threshold, u1, depths in ((0.125, "one too three", "42"), (0.5, "one", "22")):
+        found = tag / f"threshold{threshold}/test"
+        write_table(found / "text", {"u1": u1, "u2": "four"})
+        write_table(found / "depth", dict(zip(("u1", "u2"), depths)))
+    write_table(tag / "threshold0.9/test/text", {"u1": "of an earlier run"})
+    return results.collect_stopped(
+        {"dld": decoded / "exp/dld"}, decoded / "dump", ["test"], "tag"
+    )
+
+
+def test_early_stopping_is_scored_at_its_mean_depth(stopped):
+    unsure, sure = stopped
+    assert (unsure.threshold, unsure.depth, unsure.depths) == (0.125, 3, [4, 2])
+    assert (unsure.words.error_rate, sure.words.error_rate) == (1 / 4, 2 / 4)
+    unsure.macs_per_second = 5e6
+    header, row, _ = cells(tables.stopping_table(stopped))
+    low, high = (100 * bound for bound in unsure.interval)
+    assert dict(zip(header, row)) == {
+        "early stopping": "dld",
+        "test set": "test",
+        "threshold": "0.125",
+        "mean depth": "3.0",
+        "WER % [95 % CI]": f"25.00 [{low:.2f}, {high:.2f}]",
+        "CER %": row[5],
+        "MMACs/s": "5.0",
+        "RTF median (min-max)": "-",
+    }
+    facts = dict(command="", environment={}, test_sets={"test": SOURCE}, notes=[])
+    facts.update(systems={"dld": dict(experiment="exp", model="m")})
+    text = render([], stopped, {**facts, "inference_tag": "tag"})
+    assert "## Early stopping\n\n| early stopping" in text
+    assert text.count("| tag/threshold0.125/test |") == 2  # WER and CER
+    assert "Early stopping" not in render([], [], {**facts, "inference_tag": "tag"})
 
 
 def test_a_depth_that_was_not_decoded_is_left_out(decoded, caplog):
@@ -200,6 +241,21 @@ def test_plot_draws_one_line_per_system_with_its_intervals(tmp_path, figures):
     assert SOURCE in by_macs.get_title(loc="right")
 
 
+def test_plot_draws_early_stopping_against_mean_depth(tmp_path, figures, stopped):
+    plot.plot(
+        [make_result("dld", 2), make_result("dld", 4), *stopped],
+        {"test": SOURCE},
+        tmp_path / "plot.png",
+    )
+    fixed, early = figures[0].axes[0].containers
+    assert [fixed.get_label(), early.get_label()] == ["dld", "dld, early stopping"]
+    assert early.lines[0].get_xdata().tolist() == [2, 3]
+    assert early.lines[0].get_ydata().tolist() == [50, 25]
+    colours = {line.lines[0].get_color() for line in (fixed, early)}
+    assert len(colours) == 1
+    assert figures[0].axes[0].get_xticks().tolist() == [2, 4]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -284,14 +340,24 @@ def decode(exp, depth, wavs):
     write_table(exp / f"greedy/depth{depth}/an4/text", texts)
 
 
+def stop_early(exp, wavs):
+    """As if one utterance was sure at the first exit, and the other one never."""
+    tag = exp / "greedy"
+    (tag / "exit_thresholds").mkdir()
+    (tag / "exit_thresholds/thresholds.json").write_text("[0.5]")
+    write_table(tag / "threshold0.5/an4/text", dict.fromkeys(wavs, "N E"))
+    write_table(tag / "threshold0.5/an4/depth", dict(zip(wavs, "14")))
+
+
 @pytest.mark.integration
 def test_report_of_real_decoding(tmp_path, capsys):
     wavs = prepare_an4(tmp_path / "dump/raw/an4")
-    make_experiment(tmp_path / "dld", 4, FBANK)
+    make_experiment(*(tmp_path / "dld", 4, FBANK), layer_choice="prefix", exits="[1,2]")
     make_experiment(tmp_path / "static", 3, FBANK, depth_sampler="full")
     for system, depths in (("dld", (4, 2, 1)), ("static", (3,))):
         for depth in depths:
             decode(tmp_path / system, depth, wavs)
+    stop_early(tmp_path / "dld", wavs)
     output = tmp_path / "report"
     main(
         ["--system", f"static={tmp_path}/static", f"dld={tmp_path}/dld"]
@@ -308,7 +374,7 @@ def test_report_of_real_decoding(tmp_path, capsys):
     assert "--inference_tag greedy" in found["command"]
     rows = {(r["system"], r["depth"]): r for r in found["results"]}
     assert list(rows) == [("static", 3), ("dld", 4), ("dld", 2), ("dld", 1)]
-    assert rows["dld", 2]["layers"] == [0, 3]
+    assert rows["dld", 2]["layers"] == [0, 1]
     for field in ("parameters", "macs_per_second"):
         one, two, four = (rows["dld", depth][field] for depth in (1, 2, 4))
         assert one < two < four
@@ -321,7 +387,7 @@ def test_report_of_real_decoding(tmp_path, capsys):
     sizes = {k: n for k, n in sizes.items() if not re.search("running|tracked", k)}
     assert rows["dld", 4]["parameters"] == sum(sizes.values())
     skipped = sum(
-        n for k, n in sizes.items() if re.match(r"encoder.encoders.[12]\.", k)
+        n for k, n in sizes.items() if re.match(r"encoder.encoders.[23]\.", k)
     )
     assert rows["dld", 2]["parameters"] == sum(sizes.values()) - skipped
 
@@ -335,16 +401,24 @@ def test_report_of_real_decoding(tmp_path, capsys):
         assert row["wer_interval"][0] <= row["wer"] <= row["wer_interval"][1]
         assert len(row["rtf"]) == 3 and 0 < min(row["rtf"]) <= row["rtf_median"] < 5
 
+    (early,) = found["early_stopping"]
+    assert (early["threshold"], early["depth"], len(early["rtf"])) == (0.5, 2.5, 3)
+    one, four = (rows["dld", depth]["macs_per_second"] for depth in (1, 4))
+    # beside the layers, the first of them passed the output layers of two exits
+    assert 1 < early["macs_per_second"] / ((one + four) / 2) < 1.05
+
     text = (output / "RESULTS.md").read_text()
     assert f"an4: speech: {SOURCE}" in text
     assert found["command"] in text and found["environment"]["cpu"] in text
-    speech, table, written = printed.split("\n\n")
+    speech, table, stopping, written = printed.split("\n\n")
     assert speech == f"- an4: speech: {SOURCE}"
     assert f"{speech}\n\n{table}\n\n" in text
+    assert cells(stopping)[1][:4] == ["dld", "an4", "0.5", "2.5"]
+    assert f"## Early stopping\n\n{stopping}\n\n" in text
     assert written == f"written: {output}/RESULTS.md\n"
     assert [(row[0], int(row[2])) for row in cells(table)[1:]] == list(rows)
     for _, depth in rows:
-        assert text.count(f"| greedy/depth{depth}/an4 |") == 2  # WER and CER
+        assert text.count(f"| greedy/depth{depth}/an4 ") == 2  # WER and CER
     from matplotlib import image
 
     height, width, _ = image.imread(output / "wer_vs_depth.png").shape

@@ -82,6 +82,8 @@ feats_normalize=global_mvn  # global_mvn, utterance_mvn or none
 ## Inference
 inference_asr_model=valid.loss_ctc.ave.pth  # checkpoint to decode with
 inference_depths="12 10 8 6 4 2"  # numbers of encoder layers to decode with
+exit_thresholds=auto  # early stopping by confidence, for systems with exits: none, "0.02 0.05",
+    # or auto: those with mean depths of --inference_depths on the validation set
 inference_config=  # YAML file of options of asr_inference
 inference_args=  # more options of asr_inference, e.g. "--beam_size 10"; default: greedy CTC
 inference_tag=  # name of the decoding directory; empty: made from the settings
@@ -111,6 +113,7 @@ systems="${template%/egs2/*}/conf/systems"
 needs_reference= # whether the system's config leaves one open
 valid_depths= # for the student's validation, as [12,6,2]
 start_name= # of what comes from --start_from
+exits= # where utterances may stop early
 check_options asr "${systems}"
 
 #
@@ -310,7 +313,7 @@ num_layers() { # num_layers EXP
     "${python}" -m dldkit.bin.merge_config "$1/config.yaml" --select encoder_conf.num_blocks
 }
 
-decode() { # decode EXP DEPTHS CALIBRATED_DEPTHS
+decode() { # decode EXP DEPTHS CALIBRATED_DEPTHS [EXIT_THRESHOLDS]
     local exp=$1 set data_dirs=()
     stage_needs "${exp}/${inference_asr_model}" "its training"
     for set in ${test_sets}; do
@@ -329,6 +332,8 @@ decode() { # decode EXP DEPTHS CALIBRATED_DEPTHS
         --inference_asr_model "${inference_asr_model}" \
         --data_dirs "${data_dirs[@]}" \
         --depths "$2" \
+        --exit_thresholds "${4:-none}" \
+        --valid_dir "${data_feats}/${valid_set}" \
         --inference_tag "${inference_tag}" \
         --inference_args="${inference_options[*]@Q} ${inference_args}" \
         --nj "${inference_nj}" \
@@ -433,7 +438,9 @@ fi
 if run_stage 12 "${skip_eval}"; then
     log "Stage 12: Decoding at each depth: ${asr_exp}/${inference_tag}"
     stage_needs "${asr_exp}/${inference_asr_model}" "stage 11"
-    decode "${asr_exp}" "${inference_depths}" "${inference_depths}"
+    # an exit is where utterances may stop, if its statistics are known
+    decode "${asr_exp}" "${inference_depths}" "${inference_depths} ${exits}" \
+        "${exit_thresholds}"
 fi
 
 if run_stage 13 "${skip_eval}"; then
@@ -459,7 +466,8 @@ if run_stage 13 "${skip_eval}"; then
         --rtf_utts "${rtf_utts}" \
         --output_dir "${asr_exp}" \
         "${report_options[@]}" >"${asr_exp}/report.log"
-    sed -n -e '/^- .*: speech: /s/^- //p' -e '/^| *system /,/^$/p' "${asr_exp}/RESULTS.md"
+    sed -n -e '/^- .*: speech: /s/^- //p' -e '/^| *\(system\|early stopping\) /,/^$/p' \
+        "${asr_exp}/RESULTS.md"
 fi
 
 #

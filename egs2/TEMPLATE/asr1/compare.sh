@@ -64,6 +64,7 @@ run_recipe() { # run_recipe SYSTEM EPOCHS SEED [options of run.sh]...
     esac
     eval "set -- ${run_opts} $(printf '%q ' "$@")"
     ./run.sh --expdir "${expdir}" --ngpu 0 --num_threads 1 --nj 1 --inference_nj 1 \
+        --exit_thresholds none \
         --seed "${seed}" --asr_tag "${system}_e${run_epochs}_seed${seed}" \
         --asr_config "${asr_config}" --inference_tag compared "${options[@]}" "$@"
 }
