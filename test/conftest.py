@@ -167,7 +167,7 @@ def python():
             [sys.executable, *map(str, args)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             env=environment,
             **kwargs,
         )
