@@ -24,6 +24,9 @@ setup(
         "matplotlib",
         "tensorboard",
         "tqdm",
+        "omegaconf",  # these three come with espnet and dask, too
+        "humanfriendly",
+        "cloudpickle",
     ],
     extras_require={
         "espeak": [
