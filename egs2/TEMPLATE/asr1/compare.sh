@@ -74,9 +74,9 @@ one_run() { # one_run SYSTEM EPOCHS SEED
     file=$(file_of "$@")
     log "${name}: log in ${expdir}/log/${name}.log"
     {
-        run_recipe "$@" --stage 6 --stop_stage 12 --skip_stages 8
-        compare record --exp "${expdir}/asr_${name}" --inference_tag compared \
-            --name "$1" --seed "$3" --data_root dump/raw --output "${file}"
+        run_recipe "$@" --stage 6 --stop_stage 12 --skip_stages 8 &&
+            compare record --exp "${expdir}/asr_${name}" --inference_tag compared \
+                --name "$1" --seed "$3" --data_root dump/raw --output "${file}"
     } >>"${expdir}/log/${name}.log" 2>&1 ||
         die "${name} failed: see ${expdir}/log/${name}.log"
     log "${name}: done, ${file}"
