@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
     --fs 8000 \
     --token_type bpe \
     --nbpe 256 \
+    --bpemode bpe \
     --max_wav_duration 15 \
     --inference_depths "12 10 8 6 4 2" \
     "$@"
