@@ -200,10 +200,12 @@ def places(corpus, static, student, tmp_path_factory):
         sfm[f"{part}_data_path_and_name_and_type"] = [entry]
         sfm[f"{part}_shape_file"] = [str(path / "utt2num_samples")]
     (bad / "sfm.yaml").write_text(yaml.safe_dump(sfm))
+    # a copy, because a command that is refused late may have begun a directory
+    exp = shutil.copytree(student, bad / "exp", symlinks=True)
     return dict(
         bad=bad,
         data=bad / "data",
-        exp=student,
+        exp=exp,
         static=static,
         dev=corpus.dev,
         root=corpus.root,

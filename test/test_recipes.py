@@ -477,7 +477,7 @@ def test_cached_posteriors_are_data_of_the_student(an4):
 def test_a_published_model_is_what_a_training_starts_from(an4, tmp_path):
     """A hub without network is a cache in its layout."""
     hub = tmp_path / "hub" / "hub" / "models--some--body"
-    (packed,) = an4.dld.glob("pack_*/*.zip")
+    (packed,) = an4.student.glob("pack_*/*.zip")
     shutil.unpack_archive(packed, hub / "snapshots" / "abc")
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("abc")
@@ -492,7 +492,7 @@ def test_a_published_model_is_what_a_training_starts_from(an4, tmp_path):
     reference = an4.exp / "asr_from_some_body"
     student = an4.exp / "asr_anytime_raw_from_some_body_max_epoch1"
     for exp in (reference, student):
-        theirs = (an4.dld / "tokens.txt").read_text()
+        theirs = (an4.student / "tokens.txt").read_text()
         assert (exp / "tokens.txt").read_text() == theirs
     config = yaml.safe_load((student / "config.yaml").read_text())
     checkpoint = f"{reference}/valid.loss_ctc.ave.pth"

@@ -273,7 +273,7 @@ def test_command_writes_the_depths(recogniser, corpus, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     speech = [corpus.speech(utt) for utt in "xyz"]
     expected, entropies = at_depths(recogniser(), speech)
-    threshold = float(np.median(entropies[:, 0]))
+    threshold = float(np.sort(entropies[:, 0])[:2].mean())  # not one of the three
     scp = tmp_path / "wav.scp"
     short = tmp_path / "short.wav"
     soundfile.write(short, np.zeros(300), 8000)
