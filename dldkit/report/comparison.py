@@ -257,6 +257,9 @@ class Comparison:
         for depth in depths:
             # who has a smaller model that is better would not ship this one
             rivals = {d: s for d, s in self.static.items() if d <= depth}
+            if not rivals:
+                rows[0].append("")
+                continue
             best = min(rivals, key=lambda d: self._rate(rivals[d], test_set, d))
             rows[0].append(
                 self._difference(ours, test_set, depth, rivals[best], best)

@@ -116,7 +116,11 @@ class TestTables:
             run_of("static6", errors={"6": [1, 1, 1, 1]}),
             run_of("static6", epochs=13, errors={"6": [0, 0, 0, 0]}),
             run_of("dld", depth=6.5, errors={"12": [3, 3, 3, 3], "6": [2, 1, 1, 1]}),
-            run_of("ours", depth=6.5, errors={"12": [0, 0, 0, 0], "6": [1, 1, 1, 2]}),
+            run_of(
+                "ours",
+                depth=6.5,
+                errors={"12": [0, 0, 0, 0], "6": [1, 1, 1, 2], "2": [3, 3, 3, 3]},
+            ),
         ]
 
     def test_compare_equal_epochs_with_each_other(self):
@@ -130,13 +134,14 @@ class TestTables:
         }
         assert rows["static6", 6] == ["1", "8", "800", "6.0", "0.62"]
         assert rows["dld", 6] == ["1", "8", "800", "6.5", "0.66"]
-        assert rows["static, one model per depth", 3] == ["15.00", "10.00"]
-        assert rows["ours", 3] == ["0.00", "12.50"]
+        assert rows["static, one model per depth", 4] == ["15.00", "10.00", ""]
+        assert rows["ours", 4] == ["0.00", "12.50", "30.00"]
         # at depth 12, who has static6 would not ship static12
-        assert rows["static", 3][0] == "**-10.00 [-10.00, -10.00]** (static6)"
-        assert rows["static", 3][1].startswith("+2.50 [+0.00,")
-        assert rows["dld", 3][0] == "**-30.00 [-30.00, -30.00]**"
-        assert rows["dld", 3][1].startswith("+0.00 [")
+        assert rows["static", 4][0] == "**-10.00 [-10.00, -10.00]** (static6)"
+        assert rows["static", 4][1].startswith("+2.50 [+0.00,")
+        assert rows["static", 4][2] == ""  # there is no static model of 2 layers
+        assert rows["dld", 4][0] == "**-30.00 [-30.00, -30.00]**"
+        assert rows["dld", 4][1].startswith("+0.00 [")
 
     def test_take_the_epochs_of_the_budget(self):
         budgets = {"arithmetic": {"static12": 8, "static6": 13}}
