@@ -360,10 +360,7 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
     `auto` is `none` where nothing can stop early.
     """
     text = options["exit_thresholds"]
-    try:
-        thresholds = exit_thresholds(text)
-    except ArgumentTypeError as error:
-        raise UserError(f"--exit_thresholds {error}") from None
+    thresholds = _parsed(exit_thresholds, options, "exit_thresholds")
     exits = OmegaConf.select(config, "encoder_conf.exits") or []
     layers = OmegaConf.select(config, "encoder_conf.num_blocks")
     if isinstance(exits, int):

@@ -17,6 +17,7 @@ from dldkit.report.comparison import (
     load_runs,
     mean_depth,
     record,
+    static_depth,
     tables,
 )
 from dldkit.step import atomic
@@ -50,7 +51,6 @@ def get_parser() -> argparse.ArgumentParser:
         help="print how many epochs cost as much as the deepest static model's",
     ).add_argument
     add("--system", required=True, help="staticN, or a file of conf/systems")
-    add("--configs", nargs="+", type=Path, required=True, help="config, directories")
     _add_common(add)
     add("--deepest", required=True, help="name of the deepest static model")
     add = commands.add_parser("table", help="write the tables to a file").add_argument
@@ -61,7 +61,6 @@ def get_parser() -> argparse.ArgumentParser:
         help="the deepest static one first; the last one is compared with all others",
     )
     add("--budgets", required=True, help="steps, arithmetic")
-    add("--configs", nargs="+", type=Path, required=True, help="config, directories")
     add("--output", type=Path, required=True, help="the file, in Markdown")
     add("--command", required=True, help="that made the comparison")
     return parser
@@ -70,19 +69,24 @@ def get_parser() -> argparse.ArgumentParser:
 def _add_common(add) -> None:
     add("--results", type=Path, required=True, help="directory of the runs' files")
     add("--epochs", type=positive, required=True, help="of the deepest static model")
+    add("--configs", nargs="+", type=Path, required=True, help="config, directories")
 
 
-def _epochs(args: argparse.Namespace, system: str, deepest: str, budget: str) -> int:
+def _epochs(
+    args: argparse.Namespace,
+    runs: Sequence[Run],
+    system: str,
+    deepest: str,
+    budget: str,
+) -> int:
     if budget == "steps" or system == deepest:
         return args.epochs
-    digits = system.removeprefix("static")
-    if digits.isdigit():
-        depth = float(digits)
-    else:
+    depth: float = static_depth(system)
+    if not depth:
         config, *directories = args.configs
         files = [config, *(d / f"{system}.yaml" for d in directories)]
         depth = mean_depth(merge_files([str(f) for f in files if f.is_file()]))
-    return epochs_of_equal_cost(load_runs(args.results), deepest, args.epochs, depth)
+    return epochs_of_equal_cost(runs, deepest, args.epochs, depth)
 
 
 def _machine(run: Run) -> str:
@@ -98,14 +102,14 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         run = record(args.exp, args.inference_tag, args.name, args.seed, args.data_root)
         run.save(args.output)
     elif args.what == "epochs":
-        print(_epochs(args, args.system, args.deepest, "arithmetic"))
+        runs = load_runs(args.results)
+        print(_epochs(args, runs, args.system, args.deepest, "arithmetic"))
     else:
-        systems = args.systems.split()
+        systems, runs = args.systems.split(), load_runs(args.results)
         budgets = {
-            budget: {s: _epochs(args, s, systems[0], budget) for s in systems}
+            budget: {s: _epochs(args, runs, s, systems[0], budget) for s in systems}
             for budget in args.budgets.split()
         }
-        runs = load_runs(args.results)
         machines = "; ".join(sorted({_machine(run) for run in runs}))
         made = f"Made by `{args.command.strip()}` on {date.today()}. Runs: {machines}."
         body = tables(runs, systems, budgets)
