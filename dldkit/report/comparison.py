@@ -1,6 +1,7 @@
 """Systems compared over seeds: one small file per run, and the tables made of them."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +115,9 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
         model.encoder.set_depth(depth)
         found[str(depth)] = macs(model, silence) // 10
     conf = {part: getattr(train_args, part) for part in ("encoder_conf", "model_conf")}
-    conf["model_conf"].pop("reference", None)
+    reference = conf["model_conf"].get("reference")
+    if reference not in (None, "self"):  # no path of this machine
+        conf["model_conf"]["reference"] = os.path.relpath(reference, exp.parent)
     return Run(
         system=name,
         seed=seed,
@@ -227,10 +230,14 @@ class Comparison:
             depth = static_depth(system) or runs[0].depth
             cost = runs[0].steps * macs_at(full.macs, depth)
             cost /= full.steps * macs_at(full.macs, static_depth(self.deepest))
+            # a reference is the deepest static model, trained before
+            reference = runs[0].conf["model_conf"].get("reference")
+            total = cost + (reference not in (None, "self"))
             seeds = " ".join(str(run.seed) for run in runs)
-            row = [system, seeds, runs[0].epochs, runs[0].steps]
-            rows.append([*row, f"{depth:.1f}", f"{cost:.2f}"])
+            row = [system, seeds, runs[0].epochs, runs[0].steps, f"{depth:.1f}"]
+            rows.append([*row, f"{cost:.2f}", f"{total:.2f}"])
         header = "system | seeds | epochs | steps | mean depth | arithmetic"
+        header += " | with the reference's"
         return markdown(header, rows, 2)
 
     def depths(self, test_set: str) -> list[int]:

@@ -18,9 +18,6 @@ pytestmark = pytest.mark.integration
 
 REPO = Path(__file__).resolve().parents[2]
 SIZES = dict(train=40, dev=4, test_seen=6, test_unseen=8)
-NOISY = {"train_noisy": "train", "dev_noisy": "dev"} | {
-    f"{name}_{snr}db": name for name in ("test_seen", "test_unseen") for snr in (20, 10)
-}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +55,10 @@ def checksums(root: Path) -> dict[str, str]:
 
 
 def test_sets_are_complete_and_named_for_what_they_are(corpus):
-    for name in [*SIZES, *NOISY]:
-        assert len(utterances(corpus / name)) == SIZES[NOISY.get(name, name)]
+    for name, size in SIZES.items():
+        assert len(utterances(corpus / name)) == size
         source = (corpus / name / "corpus_source").read_text()
         assert "espeak-ng, synthesised speech" in source
-        assert ("babble" in source) == (name in NOISY)
 
 
 def test_unseen_voices_are_not_in_training(corpus):
@@ -120,31 +116,6 @@ def test_every_voice_speaks_and_none_clips(corpus):
             assert 0.25 < per_word < 0.9, utt
             edges = np.concatenate([audio[:400], audio[-400:]])
             assert np.abs(edges).max() < 0.01  # a pause at both ends
-
-
-def test_noisy_sets_say_the_same_and_more_babble_is_farther_away(corpus):
-    for noisy, clean in NOISY.items():
-        assert (corpus / noisy / "text").read_text() == (
-            corpus / clean / "text"
-        ).read_text()
-    for name in ("test_seen", "test_unseen"):
-        clean = audio_of(corpus / name)
-        similar = [
-            np.mean(
-                [
-                    np.corrcoef(audio, clean[utt])[0, 1]
-                    for utt, audio in audio_of(corpus / f"{name}_{snr}db").items()
-                ]
-            )
-            for snr in (20, 10)
-        ]
-        assert 0.99 > similar[0] > similar[1] > 0.2
-
-
-def test_half_of_noisy_training_is_clean(corpus):
-    clean, noisy = audio_of(corpus / "train"), audio_of(corpus / "train_noisy")
-    same = sum(np.array_equal(clean[utt], noisy[utt]) for utt in clean)
-    assert 10 < same < 30
 
 
 def test_same_seed_same_bytes(corpus, words, tmp_path):

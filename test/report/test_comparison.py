@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from dldkit.report.comparison import (
 MACS = {str(depth): 40 + 10 * depth for depth in range(1, 13)}
 
 
-def run_of(system, seed=1, epochs=8, depth=12.0, errors=None, **others):
+def run_of(system, seed=1, epochs=8, depth=12.0, errors=None, reference=None, **others):
     """A run on one test set of four utterances with ten words each."""
     return Run(
         system=system,
@@ -33,7 +34,7 @@ def run_of(system, seed=1, epochs=8, depth=12.0, errors=None, **others):
         macs=MACS,
         words={"test": [10] * 4},
         errors={"test": errors or {"12": [1, 1, 1, 1]}},
-        conf={},
+        conf={"encoder_conf": {}, "model_conf": {"reference": reference}},
         environment={},
         **others,
     )
@@ -115,7 +116,13 @@ class TestTables:
             run_of("static12", errors={"12": [1, 2, 1, 2]}),
             run_of("static6", errors={"6": [1, 1, 1, 1]}),
             run_of("static6", epochs=13, errors={"6": [0, 0, 0, 0]}),
-            run_of("dld", depth=6.5, errors={"12": [3, 3, 3, 3], "6": [2, 1, 1, 1]}),
+            run_of(
+                "dld",
+                depth=6.5,
+                errors={"12": [3, 3, 3, 3], "6": [2, 1, 1, 1]},
+                reference="asr_static12/posteriors",
+            ),
+            run_of("exits", reference="self"),
             run_of(
                 "ours",
                 depth=6.5,
@@ -124,7 +131,7 @@ class TestTables:
         ]
 
     def test_compare_equal_epochs_with_each_other(self):
-        systems = ["static12", "static6", "dld", "ours"]
+        systems = ["static12", "static6", "dld", "exits", "ours"]
         budgets = {"steps": dict.fromkeys(systems, 8)}
         text = tables(self.runs(), systems, budgets)
         rows = {
@@ -132,8 +139,9 @@ class TestTables:
             for cells in ([c.strip() for c in r.split("|")] for r in text.splitlines())
             if len(cells) > 3
         }
-        assert rows["static6", 6] == ["1", "8", "800", "6.0", "0.62"]
-        assert rows["dld", 6] == ["1", "8", "800", "6.5", "0.66"]
+        assert rows["static6", 7] == ["1", "8", "800", "6.0", "0.62", "0.62"]
+        assert rows["dld", 7] == ["1", "8", "800", "6.5", "0.66", "1.66"]
+        assert rows["exits", 7] == ["1", "8", "800", "12.0", "1.00", "1.00"]
         assert rows["static, one model per depth", 4] == ["15.00", "10.00", ""]
         assert rows["ours", 4] == ["0.00", "12.50", "30.00"]
         # at depth 12, who has static6 would not ship static12
@@ -180,6 +188,7 @@ class TestCommand:
     def test_records_a_run(self, recorded, exp):
         (run,) = load_runs(recorded.parent)
         assert (run.system, run.seed, run.epochs) == ("static4", 7, 3)
+        assert not Path(run.conf["model_conf"]["reference"]).is_absolute()
         assert run.steps == 9  # nine utterances, three at a time
         assert 1 <= run.depth <= 4
         assert run.words == {"dev": [2, 3, 2]}

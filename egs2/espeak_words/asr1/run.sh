@@ -10,9 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
     --valid_set dev \
     --test_sets "test_seen test_unseen" \
     --fs 8000 \
-    --token_type bpe \
-    --nbpe 256 \
-    --bpemode bpe \
+    --token_type char \
+    --num_threads 1 \
     --max_wav_duration 15 \
     --inference_depths "12 10 8 6 4 2" \
     "$@"

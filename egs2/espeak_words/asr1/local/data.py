@@ -3,14 +3,12 @@
 
 Words are drawn one by one, frequent and rare ones as in a language (Zipf), so that a
 sentence has no meaning and no grammar. `test_seen` has new sentences of the training
-voices, `test_unseen` has voices that are not in training. The noisy sets say the same
-in rooms full of babble.
+voices, `test_unseen` has voices that are not in training.
 """
 
 import argparse
 import logging
 import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 from espeak import Espeak
-from noise import spoil
 
-from dldkit.data.datadir import read_table, write_data_dir
+from dldkit.data.datadir import write_data_dir
 from dldkit.errors import UserError, report_user_errors
 from dldkit.options import positive
 from dldkit.step import Step
@@ -43,7 +40,6 @@ SEEN = (
 UNSEEN = "m8 steph robert Alex boris max travis shelby".split()
 RATE, PITCH = (130, 190), (30, 70)  # of each sentence: words per minute, 0-100
 SENTENCES = 1500  # that one process speaks: other numbers make other samples
-NUM_TALKERS = 240  # sentences that the babble is made of
 
 
 class SentenceSet(NamedTuple):
@@ -52,23 +48,6 @@ class SentenceSet(NamedTuple):
     name: str
     voices: list[str]
     size: int
-    seed: int
-
-
-class NoisySet(NamedTuple):
-    """A clean set that is said again in rooms with babble.
-
-    Attributes:
-        snr: of speech to babble in dB, least and most.
-        noisy: share of the utterances that are spoilt.
-        babble: clean set that the babble is taken from.
-    """
-
-    name: str
-    clean: str
-    snr: tuple[float, float]
-    noisy: float
-    babble: str
     seed: int
 
 
@@ -143,9 +122,9 @@ def speak(sentences: dict[str, Sentence], directory: Path, seed: list[int]) -> N
 def write_set(
     made: SentenceSet, lengths: tuple[int, int], seed: int, data_dir: Path, nj: int
 ) -> None:
-    """Write a clean data directory."""
+    """Write a data directory."""
     sentences = draw(made, lengths, seed)
-    wav_dir = wavs_of(data_dir, made.name)
+    wav_dir = data_dir / "local" / "wav" / made.name
     with Step(wav_dir, {}, sentences=sentences, seed=seed) as step:
         if not step.done:
             logging.info(f"{made.name}: synthesising {made.size} sentences")
@@ -170,54 +149,6 @@ def write_set(
     logging.info(f"{made.name}: {made.size} utterances of {len(made.voices)} voices")
 
 
-def write_noisy_set(made: NoisySet, seed: int, data_dir: Path) -> None:
-    """Write a noisy copy of a clean data directory."""
-    text = read_table(data_dir / made.clean / "text")
-    speakers = read_table(data_dir / made.clean / "utt2spk")
-    wav_dir, clean_dir = (wavs_of(data_dir, name) for name in (made.name, made.clean))
-    made_from = {
-        "clean": clean_dir / ".done",
-        "babble": wavs_of(data_dir, made.babble) / ".done",
-    }
-    with Step(wav_dir, made_from, **made._asdict(), corpus_seed=seed) as step:
-        if not step.done:
-            logging.info(f"{made.name}: spoiling {len(text)} utterances")
-            rng = np.random.default_rng([seed, made.seed])
-            talkers = read_talkers(data_dir / made.babble, rng)
-            for utt in text:
-                signal = read(clean_dir / f"{utt}.wav")
-                if rng.random() < made.noisy:
-                    pool = [s for spk, s in talkers if spk != speakers[utt]]
-                    signal = spoil(signal, pool, rng.uniform(*made.snr), rng, FS)
-                soundfile.write(wav_dir / f"{utt}.wav", signal, FS, subtype="PCM_16")
-    write_data_dir(
-        data_dir / made.name,
-        "espeak-ng, synthesised speech, in simulated rooms with babble",
-        wav_scp={utt: str(wav_dir / f"{utt}.wav") for utt in text},
-        text=text,
-        utt2spk=speakers,
-    )
-
-
-def read_talkers(
-    directory: Path, rng: np.random.Generator
-) -> list[tuple[str, np.ndarray]]:
-    """Return speakers and audio (Time,) of some utterances."""
-    wavs, speakers = (read_table(directory / name) for name in ("wav.scp", "utt2spk"))
-    utts = rng.permutation(sorted(wavs))[:NUM_TALKERS]
-    return [(speakers[utt], read(wavs[utt])) for utt in utts]
-
-
-def read(path: Path) -> np.ndarray:
-    """Return audio (Time,), float32 in [-1, 1]."""
-    return soundfile.read(path, dtype="float32")[0]
-
-
-def wavs_of(data_dir: Path, name: str) -> Path:
-    """Return where the audio of a set lies."""
-    return data_dir / "local" / "wav" / name
-
-
 def prepare(args: argparse.Namespace) -> None:
     """Write the data directories.
 
@@ -236,17 +167,6 @@ def prepare(args: argparse.Namespace) -> None:
         SentenceSet("test_unseen", unseen, args.num_test_unseen, 3),
     ):
         write_set(made, lengths, args.seed, data_dir, args.nj)
-    for made in noisy_sets():
-        write_noisy_set(made, args.seed, data_dir)
-
-
-def noisy_sets() -> Iterator[NoisySet]:
-    """Yield the noisy sets."""
-    yield NoisySet("train_noisy", "train", (0.0, 20.0), 0.5, "train", 4)
-    yield NoisySet("dev_noisy", "dev", (0.0, 20.0), 0.5, "dev", 5)
-    for snr in (20.0, 10.0):
-        for name in ("test_seen", "test_unseen"):
-            yield NoisySet(f"{name}_{snr:.0f}db", name, (snr, snr), 1.0, "test_seen", 6)
 
 
 def get_parser() -> argparse.ArgumentParser:

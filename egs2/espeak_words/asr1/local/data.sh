@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Stage 1: make data/{train,dev,test_seen,test_unseen} and their noisy copies. `--help`
-# lists the options.
+# Stage 1: make data/{train,dev,test_seen,test_unseen}. `--help` lists the options.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
