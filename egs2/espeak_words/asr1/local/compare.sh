@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compare static models, early exit, DLD and the anytime encoder on
-# sentences. `local/compare.sh --help` lists the options.
+# Compare static models, early exit, DLD and the anytime encoder on sentences.
+# `local/compare.sh --help` lists the options.
 [ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
