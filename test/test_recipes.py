@@ -544,6 +544,44 @@ def test_a_launched_training_shows_its_progress(an4, launcher):
     assert log.count("2epoch results") == 1
 
 
+@pytest.mark.slow
+def test_a_comparison_goes_on_where_it_stopped(an4):
+    """Four trainings: the one with equal arithmetic begins with that of equal steps."""
+
+    def compare(*words):
+        command = [TEMPLATE / "compare.sh", "--systems", "static3 static1"]
+        command += ["--epochs", "2", "--seeds", "1", "--jobs", "1"]
+        return shell(*command, *words, cwd=an4.recipe)
+
+    def log_of(exp, epoch):
+        log = (an4.recipe / exp / "train.log").read_text()
+        line = re.search(rf"{epoch}epoch results: .* iter_time", log)[0]
+        return [v for v in line.split(", ") if "time" not in v], log
+
+    compare("--stop_stage", 3)
+    results = an4.recipe / "results"
+    long = max(int(p.stem.split("_e")[1].split("_")[0]) for p in results.iterdir())
+    names = ["static3_e2_seed1", "static1_e2_seed1", f"static1_e{long}_seed1"]
+    assert long > 2 and {p.stem for p in results.glob("*.json")} == set(names)
+    went_on, log = log_of(f"exp/compare/asr_{names[2]}", long)
+    assert log.count("1epoch results") == log.count(f"{long}epoch results") == 1
+    assert "goes on where" in (
+        an4.recipe / f"exp/compare/log/{names[2]}.log"
+    ).read_text()
+
+    # one that never was shorter gives the same numbers
+    (results / f"{names[2]}.json").rename(an4.recipe / "before.json")
+    (results / f"{names[1]}.json").unlink()
+    compare("--expdir", "elsewhere", "--budgets", "arithmetic", "--stage", 3)
+    fresh, _ = log_of(f"elsewhere/asr_{names[2]}", long)
+    assert fresh == went_on
+    before = json.loads((an4.recipe / "before.json").read_text())
+    after = json.loads((results / f"{names[2]}.json").read_text())
+    assert after["errors"] == before["errors"] and after["steps"] == before["steps"]
+    table = (results / "README.md").read_text()
+    assert "static1" in table
+
+
 # ---------------------------------------------------------------- digits, ssl1
 
 TINY_STUDENT = dict(

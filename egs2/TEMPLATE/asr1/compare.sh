@@ -69,12 +69,29 @@ run_recipe() { # run_recipe SYSTEM EPOCHS SEED [options of run.sh]...
         --asr_config "${asr_config}" --inference_tag compared "${options[@]}" "$@"
 }
 
+begin_with_shorter() { # begin_with_shorter SYSTEM EPOCHS SEED
+    # The first epochs of a longer run are those of the run with equal steps, to the bit,
+    # where the learning rate does not know how long the training is.
+    local shorter=${expdir}/asr_$1_e${epochs}_seed$3 longer=${expdir}/asr_$1_e$2_seed$3
+    if [ "$2" -le "${epochs}" ] || [ -e "${longer}" ] || [ ! -e "${shorter}/.done" ]; then
+        return 0
+    fi
+    case $(python3 -m dldkit.bin.merge_config "${shorter}/config.yaml" --select scheduler) in
+        None | warmuplr | noamlr)
+            log "${longer} goes on where ${shorter} ends"
+            cp -r "${shorter}" "${longer}.$$" &&
+                mv "${longer}.$$" "${longer}"
+            ;;
+    esac
+}
+
 one_run() { # one_run SYSTEM EPOCHS SEED
     local file name=$1_e$2_seed$3
     file=$(file_of "$@")
     log "${name}: log in ${expdir}/log/${name}.log"
     {
-        run_recipe "$@" --stage 6 --stop_stage 12 --skip_stages 8 &&
+        begin_with_shorter "$@" &&
+            run_recipe "$@" --stage 6 --stop_stage 12 --skip_stages 8 &&
             compare record --exp "${expdir}/asr_${name}" --inference_tag compared \
                 --name "$1" --seed "$3" --data_root dump/raw --output "${file}"
     } >>"${expdir}/log/${name}.log" 2>&1 ||
@@ -101,7 +118,7 @@ run_all() { # run_all SYSTEM...: what is missing of them, ${jobs} runs at a time
     done | awk '!seen[$0]++' |
         xargs -r -P "${jobs}" -L 1 bash -c 'set -euo pipefail; one_run "$@"' _
 }
-export -f run_recipe one_run file_of compare log die
+export -f run_recipe begin_with_shorter one_run file_of compare log die
 export asr_config depths deepest epochs expdir results run_opts
 mkdir -p "${expdir}/log" "${results}"
 
