@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Union
+from typing import Any, Union
 
 import torch
 from espnet2.asr.encoder.branchformer_encoder import BranchformerEncoder
@@ -21,7 +21,111 @@ class _AllLeft(Exception):
     """No utterance is left in the batch: nothing that follows has anything to do."""
 
 
-class LayerDropEncoder(DynamicDepth):
+class ExitingEncoder(DynamicDepth):
+    """Mixin of an encoder with gated layers that has exits, and a choice of layers.
+
+    Subclasses say what of a layer's output is the encoder's, by the last three methods.
+
+    Attributes:
+        exits: depths below the full one whose output is trained as well.
+    """
+
+    exits: list[int]
+
+    def set_exits(self, exits: Union[int, Sequence[int]], layer_choice: str) -> None:
+        """Take over the options `exits` and `layer_choice`, once layers are gated.
+
+        Raises:
+            UserError: for exits that the encoder does not have, or that mean no depth.
+        """
+        self.exits = depths_of_exits(exits, len(self.gates))
+        if self.exits and layer_choice != "prefix":
+            raise UserError(
+                f"exits {exits} with layer_choice: {layer_choice}: what layer n gives "
+                "is the output of depth n just where a depth means the first layers; "
+                "set layer_choice: prefix"
+            )
+        if layer_choice in SELECTORS:
+            self.selector = layer_choice
+
+    @contextmanager
+    def collected(self, depths: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """Collect what the first layers give by themselves, on the way to more.
+
+        Args:
+            depths: how many first layers. Those that a forward does not go beyond
+                are left out: they are its own output, or not reached.
+
+        Yields:
+            The outputs (Batch, Time, Dim) by depth, once the encoder ran.
+        """
+        outputs: dict[int, torch.Tensor] = {}
+        deepest = max(self.active_layers) + 1
+
+        def visit(slot: int, output):
+            if slot + 1 in depths and slot + 1 < deepest:
+                outputs[slot + 1] = self.output_of(output)
+            return output
+
+        with self.gates.visited(visit):
+            yield outputs
+
+    @contextmanager
+    def leaving(
+        self,
+        depths: Collection[int],
+        leave: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> Iterator[None]:
+        """Let utterances leave the batch on the way, at the end those that are left.
+
+        Layers run as long as there are utterances. The forward in this context gives
+        nothing back: what is wanted of an output, `leave` takes. The frames stay as
+        many as they are: padding that is cut would change what is beside it.
+
+        Args:
+            depths: how many first layers utterances may leave after.
+            leave: takes such a depth, its output (Batch, Time, Dim) for the utterances
+                that are still there, and their valid frames (Batch,); says which of
+                them leave (Batch,).
+
+        Raises:
+            UserError: when other layers run than the first ones.
+        """
+        layers = self.active_layers
+        deepest = len(layers)
+        if layers != tuple(range(deepest)):
+            raise UserError(
+                f"utterances can not leave layers {list(layers)} early: what layer n "
+                "gives is an exit's output just where the first layers run"
+            )
+
+        def visit(slot: int, output):
+            depth = slot + 1
+            if depth < deepest and depth not in depths:
+                return output
+            lengths = self.lengths_of(output)
+            stays = ~leave(depth, self.output_of(output), lengths)
+            if depth == deepest or not stays.any():
+                raise _AllLeft
+            return output if stays.all() else self.kept_of(output, stays)
+
+        with self.gates.visited(visit), suppress(_AllLeft):
+            yield
+
+    def output_of(self, output: Any) -> torch.Tensor:
+        """Return the encoder's output, if `output` is what its last layer gave."""
+        raise NotImplementedError
+
+    def lengths_of(self, output: Any) -> torch.Tensor:
+        """Return the valid frames (Batch,) of what a layer gave."""
+        raise NotImplementedError
+
+    def kept_of(self, output: Any, stays: torch.Tensor) -> Any:
+        """Return what a layer gave, for those utterances (Batch,) that stay."""
+        raise NotImplementedError
+
+
+class LayerDropEncoder(ExitingEncoder):
     """Mixin that gates the `encoders` of an ESPnet encoder (arXiv 2601.16117).
 
     Every option of the ESPnet encoder, plus:
@@ -65,99 +169,34 @@ class LayerDropEncoder(DynamicDepth):
             sampler=build_sampler(depth_sampler, keep_prob, min_depth, layer_choice),
             keep_final_norm=keep_final_norm,
         )
-        self.exits = depths_of_exits(exits, len(self.encoders))
-        if self.exits and layer_choice != "prefix":
-            raise UserError(
-                f"exits {exits} with layer_choice: {layer_choice}: what layer n gives "
-                "is the output of depth n just where a depth means the first layers; "
-                "set layer_choice: prefix"
-            )
+        self.set_exits(exits, layer_choice)
         if self.exits and kwargs.get("interctc_layer_idx"):
             raise UserError(
                 "exits and interctc_layer_idx train the same outputs: keep one of them"
             )
-        if layer_choice in SELECTORS:
-            self.selector = layer_choice
-        elif depth_sampler == "full" and kwargs.get("interctc_layer_idx"):
+        if layer_choice not in SELECTORS and (
+            depth_sampler == "full" and kwargs.get("interctc_layer_idx")
+        ):
             self.selector = "prefix"  # ESPnet's intermediate CTC is early exit as well
 
-    @contextmanager
-    def collected(self, depths: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
-        """Collect what the first layers give by themselves, on the way to more.
-
-        Args:
-            depths: how many first layers. Those that a forward does not go beyond
-                are left out: they are its own output, or not reached.
-
-        Yields:
-            The outputs (Batch, Time, Dim) by depth, once the encoder ran.
-        """
-        outputs: dict[int, torch.Tensor] = {}
-        deepest = max(self.active_layers) + 1
-
-        def visit(slot: int, output):
-            if slot + 1 in depths and slot + 1 < deepest:
-                outputs[slot + 1] = self.output_of(output[0])
-            return output
-
-        with self.gates.visited(visit):
-            yield outputs
-
-    @contextmanager
-    def leaving(
-        self,
-        depths: Collection[int],
-        leave: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> Iterator[None]:
-        """Let utterances leave the batch on the way, at the end those that are left.
-
-        Layers run as long as there are utterances. The forward in this context gives
-        nothing back: what is wanted of an output, `leave` takes. The frames stay as
-        many as they are: padding that is cut would change what is beside it.
-
-        Args:
-            depths: how many first layers utterances may leave after.
-            leave: takes such a depth, its output (Batch, Time, Dim) for the utterances
-                that are still there, and their valid frames (Batch,); says which of
-                them leave (Batch,).
-
-        Raises:
-            UserError: when other layers run than the first ones.
-        """
-        layers = self.active_layers
-        deepest = len(layers)
-        if layers != tuple(range(deepest)):
-            raise UserError(
-                f"utterances can not leave layers {list(layers)} early: what layer n "
-                "gives is an exit's output just where the first layers run"
-            )
-
-        def visit(slot: int, output):
-            depth = slot + 1
-            if depth < deepest and depth not in depths:
-                return output
-            hidden, masks = output
-            lengths = masks.squeeze(1).sum(1)
-            stays = ~leave(depth, self.output_of(hidden), lengths)
-            if depth == deepest or not stays.any():
-                raise _AllLeft
-            if stays.all():
-                return output
-            if isinstance(hidden, tuple):  # the positional embedding is of no utterance
-                return (hidden[0][stays], *hidden[1:]), masks[stays]
-            return hidden[stays], masks[stays]
-
-        with self.gates.visited(visit), suppress(_AllLeft):
-            yield
-
-    def output_of(
-        self, hidden: Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
-    ) -> torch.Tensor:
-        """Return the encoder's output, if `hidden` is what its last layer gave."""
+    def output_of(self, output: Any) -> torch.Tensor:
+        """Return the encoder's output, if `output` is what its last layer gave."""
+        hidden, _ = output
         if isinstance(hidden, tuple):  # with the positional embedding
             hidden = hidden[0]
         # ESPnet's encoders have no after_norm where their layers end in a norm
         return self.after_norm(hidden) if hasattr(self, "after_norm") else hidden
+
+    def lengths_of(self, output: Any) -> torch.Tensor:
+        """Return the valid frames (Batch,) of what a layer gave."""
+        return output[1].squeeze(1).sum(1)
+
+    def kept_of(self, output: Any, stays: torch.Tensor) -> Any:
+        """Return what a layer gave, for those utterances (Batch,) that stay."""
+        hidden, masks = output
+        if isinstance(hidden, tuple):  # the positional embedding is of no utterance
+            return (hidden[0][stays], *hidden[1:]), masks[stays]
+        return hidden[stays], masks[stays]
 
     def __init_subclass__(cls):
         super().__init_subclass__()

@@ -28,6 +28,12 @@ def _count_step(*_) -> None:
 
 register_optimizer_step_post_hook(_count_step)
 
+
+def optimizer_steps() -> int:
+    """Return how many steps the optimisers of this process have done."""
+    return _optimizer_steps
+
+
 # By the identity of the gates. A context variable, because requests at different depths
 # may run one model in several threads.
 _running: ContextVar[dict[int, tuple[int, ...]]] = ContextVar("running", default={})
@@ -143,13 +149,21 @@ class Gates(torch.nn.Module):
             if slot not in active:
                 yield self.pass_through(layer)
             elif visit is None:
-                yield layer
+                yield self.called(slot, layer)
             else:
-                yield partial(_visited_layer, visit, slot, layer)
+                yield partial(_visited_layer, visit, slot, self.called(slot, layer))
+
+    def called(self, slot: int, layer: torch.nn.Module) -> Callable:
+        """Return what an encoder calls to run a layer that is on."""
+        return layer
 
     def pass_through(self, layer: torch.nn.Module) -> Callable:
         """Return what runs in place of a layer that is off."""
         raise NotImplementedError
+
+    def kept_parameters(self, layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+        """Return what a layer that is off still contributes."""
+        return []
 
 
 def _visited_layer(visit: Callable, slot: int, layer: Callable, *args, **kwargs) -> Any:
@@ -185,6 +199,9 @@ class GatedLayers(Gates, MultiSequential):
         if self.keep_final_norm:
             return _FinalNorm(layer)
         return lambda *args: args
+
+    def kept_parameters(self, layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+        return list(layer.norm_final.parameters()) if self.keep_final_norm else []
 
 
 class GatedModuleList(Gates, torch.nn.ModuleList):

@@ -10,6 +10,7 @@ import soundfile
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 from espnet2.train.abs_espnet_model import AbsESPnetModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -21,8 +22,9 @@ from dldkit.errors import UserError
 def parameters_in_use(model: AbsESPnetModel) -> int:
     """Count the parameters that greedy CTC recognition uses at the current depth.
 
-    They are those from the frontend to the CTC head, without skipped layers (whose
-    final LayerNorm stays if `keep_final_norm` is set) and without the decoder.
+    They are those from the frontend to the CTC head, without skipped layers (but for
+    what is used of them: the final LayerNorm with `keep_final_norm`, WavLM's position
+    bias) and without the decoder.
     """
     path = ("frontend", "normalize", "preencoder", "encoder", "postencoder", "ctc")
     modules = [getattr(model, name, None) for name in path]
@@ -34,8 +36,8 @@ def parameters_in_use(model: AbsESPnetModel) -> int:
             used.difference_update(layer.parameters())
             if slot in slots.active:
                 running.update(layer.parameters())
-            elif slots.keep_final_norm:
-                running.update(layer.norm_final.parameters())
+            else:
+                running.update(slots.kept_parameters(layer))
         used |= running  # at the end: layers may share parameters
     return sum(p.numel() for p in used)
 
@@ -58,7 +60,8 @@ def macs(model: AbsESPnetModel, speech: np.ndarray) -> int:
     lengths = torch.tensor([len(batch)], device=parameter.device)
     counter = FlopCounterMode(display=False)
     try:
-        with counter:
+        # the counter does not know the CPU's fused attention
+        with sdpa_kernel(SDPBackend.MATH), counter:
             encoded, _ = model.encode(batch[None], lengths)
             if isinstance(encoded, tuple):  # with intermediate CTC outputs
                 encoded = encoded[0]
@@ -87,7 +90,7 @@ def macs_of_stopping(
     found = {}
     for depth in set(depths):
         counter = FlopCounterMode(display=False)
-        with recogniser.running(depth), counter:
+        with recogniser.running(depth), sdpa_kernel(SDPBackend.MATH), counter:
             recogniser(speech, exit_threshold=0.0)
         found[depth] = counter.get_total_flops() // 2
     return sum(found[depth] for depth in depths) / len(depths)
