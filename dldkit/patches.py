@@ -8,6 +8,9 @@
 - `let_espnet_resolve_files`: ESPnet's commands open the files that a config names
   relative to the working directory; here they look beside the config first. It replaces
   `ASRTask.build_model_from_file`.
+- `let_espnet_save_encoders`: what an encoder learnt of itself when it was built, as the
+  config of a pretrained model, is written into `args`, and so into config.yaml. It
+  replaces `ASRTask.build_model`.
 - `be_importable_as_main`: processes that multi-GPU training spawns import their
   parent's main module, except for one that is called `__main__`, as that of
   `python -m dldkit` is. It replaces `sys.modules["__main__"]`.
@@ -58,6 +61,28 @@ def let_espnet_resolve_files() -> None:
 
     build_model_from_file.resolves_files = True
     ASRTask.build_model_from_file = classmethod(build_model_from_file)
+
+
+def let_espnet_save_encoders() -> None:
+    """Let config.yaml say all that it takes to build an encoder again."""
+    from espnet2.tasks.asr import ASRTask, encoder_choices
+
+    build = ASRTask.build_model.__func__
+    if hasattr(build, "saves_encoders"):
+        return
+
+    @functools.wraps(build)
+    def build_model(cls, args):
+        encoder = encoder_choices.get_class(args.encoder)
+        if hasattr(encoder, "check_arguments"):
+            encoder.check_arguments(args)
+        model = build(cls, args)
+        if saved := getattr(model.encoder, "saved_options", None):
+            args.encoder_conf = {**args.encoder_conf, **saved}
+        return model
+
+    build_model.saves_encoders = True
+    ASRTask.build_model = classmethod(build_model)
 
 
 def be_importable_as_main(module: ModuleType) -> None:

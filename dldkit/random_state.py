@@ -24,16 +24,16 @@ def repeated_draws(module: torch.nn.Module) -> Iterator[None]:
     first, others = [], []
 
     def begin(*_) -> None:
-        others.append(_torch_states())
+        others.append(_states())
         if first:
-            _set_torch_states(first[0])
+            _set_states(first[0])
         else:
             first.append(others[-1])
 
     def end(*_) -> None:
         state = others.pop()
         if first[0] is not state:
-            _set_torch_states(state)
+            _set_states(state)
 
     handles = (
         module.register_forward_pre_hook(begin),
@@ -46,12 +46,13 @@ def repeated_draws(module: torch.nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _torch_states() -> tuple:
+def _states() -> tuple:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda
+    return torch.get_rng_state(), cuda, np.random.get_state()
 
 
-def _set_torch_states(states: tuple) -> None:
+def _set_states(states: tuple) -> None:
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state(states[1])
+    np.random.set_state(states[2])

@@ -12,10 +12,11 @@ from dldkit.asr.encoder import (
     LDEBranchformerEncoder,
     LDTransformerEncoder,
 )
+from dldkit.asr.hf_encoder import LDHuggingFaceEncoder
 from dldkit.asr.model import DLDModel
 from dldkit.asr.normalize import GlobalMVN, UtteranceMVN
 from dldkit.data.frames import register_data_type
-from dldkit.patches import let_espnet_resolve_files
+from dldkit.patches import let_espnet_resolve_files, let_espnet_save_encoders
 
 
 def register() -> None:
@@ -25,8 +26,10 @@ def register() -> None:
         ld_transformer=LDTransformerEncoder,
         ld_branchformer=LDBranchformerEncoder,
         ld_e_branchformer=LDEBranchformerEncoder,
+        ld_hf=LDHuggingFaceEncoder,
     )
     model_choices.classes.update(dld=DLDModel)
     normalize_choices.classes.update(global_mvn=GlobalMVN, utterance_mvn=UtteranceMVN)
     register_data_type()
     let_espnet_resolve_files()
+    let_espnet_save_encoders()

@@ -154,7 +154,7 @@ class Speech2Text(espnet_inference.Speech2Text):
         if not hasattr(encoder, "set_depth"):
             raise UserError(
                 f"{type(encoder).__name__} has no run-time depth: train with encoder: "
-                "ld_conformer, ld_transformer, ld_branchformer or ld_e_branchformer"
+                "ld_conformer, or another ld_* encoder"
             )
         return encoder
 

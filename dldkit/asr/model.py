@@ -1,7 +1,7 @@
 """ESPnet's ASR model, trained at several depths and pulled to a reference by KL."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Optional, Union
 
@@ -220,9 +220,14 @@ class DLDModel(ESPnetASRModel):
         return [Pass(layers) for layers in (full, *smaller)]
 
     def _masks_of_step(self, number: int) -> AbstractContextManager[None]:
-        if number == 1 or self.specaug is None or self.specaug_masks == "own":
-            return nullcontext()
-        return repeated_draws(self.specaug)
+        masks = ExitStack()
+        if number > 1 and self.specaug_masks == "shared":
+            # transformers' encoders mask what their CNN gives
+            inside = getattr(getattr(self.encoder, "family", None), "masking", None)
+            for module in (self.specaug, inside):
+                if module is not None:
+                    masks.enter_context(repeated_draws(module))
+        return masks
 
     def _run(
         self,

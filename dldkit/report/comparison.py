@@ -110,7 +110,7 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
         raise UserError(f"{exp}: compare models of an ld_* encoder")
     layers = len(model.encoder.gates)
     found = {}
-    silence = np.zeros(10 * train_args.frontend_conf["fs"], np.float32)
+    silence = np.zeros(10 * train_args.frontend_conf.get("fs", 16000), np.float32)
     for depth in range(1, layers + 1):
         model.encoder.set_depth(depth)
         found[str(depth)] = macs(model, silence) // 10

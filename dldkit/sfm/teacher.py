@@ -1,6 +1,5 @@
 """The frozen teacher: the model whose hidden states the student learns to give."""
 
-import logging
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from espnet2.main_funcs.pack_funcs import unpack
 from espnet2.tasks.ssl import SSLTask
 from espnet2.tasks.ssl import encoder_choices as ssl_encoders
 from espnet2.utils.get_default_kwargs import get_default_kwargs
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dldkit.asr.loading import check_weights, find_checkpoint, read_checkpoint
 from dldkit.data.frames import collected_from
 from dldkit.errors import UserError
 from dldkit.random_state import untouched_random_numbers
 from dldkit.sfm.data import FRAME, TARGETS
+from dldkit.sfm.pretrained import expected_speech, load_pretrained, load_whisper_encoder
 from dldkit.sfm.wave import (
     cnn_features,
     frame_lengths,
@@ -212,12 +211,7 @@ class WaveTeacher(LiveTeacher):
                 f"the teacher {path} is a {config.model_type} model: choose one of "
                 f"{', '.join(WAVE_MODELS)} or whisper"
             )
-        try:
-            extractor = transformers.AutoFeatureExtractor.from_pretrained(path)
-            rate, normalize = extractor.sampling_rate, bool(extractor.do_normalize)
-        except (OSError, ValueError):
-            logging.warning(f"{path} has no preprocessor_config.json: takes raw 16 kHz")
-            rate, normalize = 16000, False
+        rate, normalize = expected_speech(path)
         return TeacherInfo(
             config.hidden_size, config.num_hidden_layers, rate, normalize
         )
@@ -226,7 +220,7 @@ class WaveTeacher(LiveTeacher):
         """Build the model."""
         config = _read_config(path)
         config.add_adapter = False  # it would follow the output and lower its rate
-        model = _load_pretrained(transformers.AutoModel, path, config=config)
+        model = load_pretrained(transformers.AutoModel, path, "teacher", config=config)
         stable = getattr(config, "do_stable_layer_norm", False)
         norm = "layer_norm" if stable else None  # else it precedes the first block
         self.truncate(model.encoder, model.encoder.layers, norm)
@@ -272,11 +266,7 @@ class WhisperTeacher(LiveTeacher):
     def load(self, path: PathLike) -> torch.nn.Module:
         """Build the encoder, which is the whole of a checkpoint or a part of it."""
         self.extract = self.feature_extractor(path)
-        # AutoModel would quietly build a random WhisperModel around a lone encoder
-        if _read_config(path).architectures == ["WhisperEncoder"]:
-            encoder = _load_pretrained(WhisperEncoder, path)
-        else:
-            encoder = _load_pretrained(transformers.WhisperModel, path).encoder
+        encoder = load_whisper_encoder(path, "teacher", _read_config(path))
         self.truncate(encoder, encoder.layers, "layer_norm")
         return encoder
 
@@ -397,23 +387,6 @@ def _read_config(path: PathLike) -> transformers.PretrainedConfig:
             f"no teacher {path}: name a Hugging Face model or its directory, an ESPnet "
             f"SSL experiment, or cached targets ({error})"
         ) from error
-
-
-def _load_pretrained(cls: type, path: PathLike, **options: Any) -> torch.nn.Module:
-    """Load a model in float32, and check that its weights arrived."""
-    try:
-        model, loading = cls.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"the teacher {path} can not be loaded: {error}") from error
-    missing = sorted(set(loading["missing_keys"]) - {"masked_spec_embed"})
-    if missing:
-        raise UserError(
-            f"the teacher {path} lacks {len(missing)} of the weights of its config.json"
-            f" ({', '.join(missing[:3])} ...)"
-        )
-    return model
 
 
 def _read_espnet_config(path: Path) -> dict[str, Any]:

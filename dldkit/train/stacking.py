@@ -93,8 +93,8 @@ class Stacking:
         if layers is None:
             raise UserError(
                 "trainer: stacking needs an encoder whose layers can be switched off: "
-                "ld_conformer, ld_transformer, ld_branchformer, ld_e_branchformer, or "
-                "the student of sfm_distill_train"
+                "ld_conformer, or another ld_* encoder, or the student of "
+                "sfm_distill_train"
             )
         if len(layers) != self.depths[-1]:
             raise UserError(

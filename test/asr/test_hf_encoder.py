@@ -1,0 +1,622 @@
+"""Encoders of transformers, against transformers itself."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
+from espnet2.tasks.asr import encoder_choices
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+import dldkit
+from dldkit.errors import UserError
+from dldkit.report.cost import macs, parameters_in_use
+from dldkit.sfm.wave import normalize_speech
+
+dldkit.register()
+
+WAVE: dict[str, Any] = dict(
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=32,
+    conv_dim=[8] * 7,
+    num_conv_pos_embedding_groups=2,
+    layerdrop=1.0,  # would skip all layers in training
+    mask_time_prob=0.3,
+    mask_time_length=2,
+)
+STABLE = dict(
+    do_stable_layer_norm=True, feat_extract_norm="layer", feat_proj_layer_norm=True
+)
+WHISPER: dict[str, Any] = dict(
+    d_model=16,
+    encoder_layers=3,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=32,
+    decoder_layers=1,
+    decoder_attention_heads=2,
+    decoder_ffn_dim=32,
+    max_source_positions=50,  # one second instead of thirty
+    vocab_size=9,
+    pad_token_id=0,
+    bos_token_id=0,
+    eos_token_id=0,
+    decoder_start_token_id=0,
+    encoder_layerdrop=1.0,
+    mask_time_prob=0.3,
+    mask_time_length=2,
+)
+POSITIONS = dict(num_conv_pos_embeddings=16)
+FAMILIES: dict[str, tuple[type, dict[str, Any]]] = dict(
+    wavlm=(transformers.WavLMModel, WAVE | POSITIONS),
+    wavlm_stable=(transformers.WavLMModel, WAVE | POSITIONS | STABLE),
+    hubert=(transformers.HubertModel, WAVE | POSITIONS),
+    wav2vec2=(transformers.Wav2Vec2Model, WAVE | POSITIONS),
+    wav2vec2_stable=(transformers.Wav2Vec2Model, WAVE | POSITIONS | STABLE),
+    data2vec=(
+        transformers.Data2VecAudioModel,
+        WAVE | dict(num_conv_pos_embeddings=2, conv_pos_kernel_size=5),
+    ),
+    whisper=(WhisperEncoder, WHISPER),
+)
+FIVE = ["wavlm", "hubert", "wav2vec2", "data2vec", "whisper"]
+NO_DROPOUT = dict.fromkeys(
+    "hidden_dropout attention_dropout activation_dropout feat_proj_dropout".split(), 0.0
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Return a function that saves a model of a family, and returns it and its path."""
+
+    def save(family: str, cls=None, **options: Any) -> tuple[torch.nn.Module, Path]:
+        base, sizes = FAMILIES[family]
+        cls = cls or base
+        torch.manual_seed(0)
+        model = cls(cls.config_class(**{**sizes, **options})).eval()
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "rel" in name:  # else they begin alike, or small
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        directory = tmp_path / family
+        model.save_pretrained(directory)
+        if family != "whisper":
+            stable = family.endswith("stable")
+            extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=stable)
+            extractor.save_pretrained(directory)
+        return model, directory
+
+    return save
+
+
+@pytest.fixture
+def speech() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two utterances (Batch, Samples) of unequal lengths; zeros pad the second."""
+    generator = torch.Generator().manual_seed(1)
+    samples = 0.1 * torch.randn(2, 9000, generator=generator) + 0.05
+    samples[1, 6010:] = 0
+    return samples, torch.tensor([9000, 6010])
+
+
+def make(model: Path | str, **options: Any):
+    """Build the encoder as ESPnet does."""
+    cls = encoder_choices.get_class("ld_hf")
+    options = {"depth_sampler": "full", **options}
+    return cls(input_size=1, model=str(model), **options).eval()
+
+
+@torch.no_grad()
+def output_of(
+    model: torch.nn.Module, speech: torch.Tensor, lengths: torch.Tensor, **options: Any
+) -> Any:
+    """Return what transformers gives, fed as it wants to be."""
+    if isinstance(model, WhisperEncoder):
+        extract = transformers.WhisperFeatureExtractor(chunk_length=1)
+        waves = [s[:n].numpy() for s, n in zip(speech, lengths)]
+        mel = extract(waves, sampling_rate=16000, return_tensors="pt")
+        return model(mel.input_features, **options)
+    if model.config.feat_extract_norm == "layer":
+        speech = normalize_speech(speech, lengths)
+    mask = None
+    if int(lengths.min()) < speech.size(1):
+        mask = (torch.arange(speech.size(1)) < lengths[:, None]).long()
+    return model(speech, attention_mask=mask, **options)
+
+
+def with_layers(model: torch.nn.Module, layers: tuple[int, ...]) -> torch.nn.Module:
+    """Return transformers' model of just these layers, made by hand."""
+    config = copy.deepcopy(model.config)
+    is_whisper = isinstance(model, WhisperEncoder)
+    setattr(config, "encoder_layers" if is_whisper else "num_hidden_layers", 0)
+    states = {}
+    prefix = "layers." if is_whisper else "encoder.layers."
+    bias = "attention.rel_attn_embed.weight"
+    for key, value in model.state_dict().items():
+        if not key.startswith(prefix):
+            states[key] = value
+            continue
+        slot, name = key[len(prefix) :].split(".", 1)
+        if name == bias:  # of the first layer there is, whichever it is
+            states[f"{prefix}0.{name}"] = value
+        elif int(slot) in layers:
+            states[f"{prefix}{layers.index(int(slot))}.{name}"] = value
+    setattr(
+        config, "encoder_layers" if is_whisper else "num_hidden_layers", len(layers)
+    )
+    made = type(model)(config).eval()
+    made.load_state_dict(states)
+    return made
+
+
+class TestDepth:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_full_depth_is_bit_identical_to_transformers(
+        self, saved, speech, family, padded
+    ):
+        model, path = saved(family)
+        samples, lengths = speech
+        if not padded:
+            lengths = torch.full((2,), 16000 if family == "whisper" else 9000)
+            if family == "whisper":  # as long as it listens
+                samples = samples.repeat(1, 2)[:, :16000]
+        options = dict(whisper_pad=True) if family == "whisper" and padded else {}
+        encoder = make(path, **options)
+        output, frames, _ = encoder(samples, lengths)
+        expected = output_of(model, samples, lengths).last_hidden_state
+        longest = int(frames.max())
+        assert output.shape == (2, longest, 16) == (2, longest, encoder.output_size())
+        assert torch.equal(output, expected[:, :longest])
+        if family == "whisper":
+            assert frames.tolist() == [n // 320 for n in lengths.tolist()]
+        else:
+            known = model._get_feat_extract_output_lengths(lengths)
+            assert frames.tolist() == known.tolist()
+            assert expected.size(1) == longest
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("layers", [(0, 1), (0, 2), (1, 2), (2,)])
+    def test_a_depth_is_a_model_of_its_layers(self, saved, speech, family, layers):
+        model, path = saved(family)
+        options = dict(whisper_pad=True) if family == "whisper" else {}
+        encoder = make(path, **options)
+        encoder.set_depth(layers=layers)
+        output, frames, _ = encoder(*speech)
+        made = output_of(with_layers(model, layers), *speech).last_hidden_state
+        assert torch.equal(output, made[:, : int(frames.max())])
+        assert not torch.allclose(output, make(path, **options)(*speech)[0])
+
+    def test_a_depth_means_the_layers_that_were_trained(self, saved):
+        _, path = saved("hubert")
+        assert make(path).choose_layers(2) == (0, 2)
+        assert make(path, layer_choice="prefix").choose_layers(2) == (0, 1)
+
+    def test_wavlm_without_its_last_layer_returns_all_utterances(self, saved, speech):
+        _, path = saved("wavlm")
+        encoder = make(path)
+        encoder.set_depth(layers=(0, 1))
+        assert len(encoder(*speech)[0]) == 2
+
+    def test_a_checkpoint_of_a_bigger_model_may_be_cut(self, saved, speech):
+        model, path = saved("wavlm")
+        encoder = make(path, num_blocks=2)
+        assert len(encoder.gates) == 2
+        expected = output_of(with_layers(model, (0, 1)), *speech).last_hidden_state
+        assert torch.equal(encoder(*speech)[0], expected)
+        with pytest.raises(UserError, match="num_blocks 4: the model has 3 layers"):
+            make(path, num_blocks=4)
+
+    def test_whisper_may_be_a_part_of_a_checkpoint(self, saved, speech):
+        model, path = saved("whisper", transformers.WhisperModel)
+        expected = output_of(model.encoder, *speech).last_hidden_state
+        output = make(path, whisper_pad=True)(*speech)[0]
+        assert torch.equal(output, expected[:, : output.size(1)])
+
+
+class TestBatches:
+    @pytest.mark.parametrize("family", ["wavlm_stable", "wav2vec2_stable", "whisper"])
+    def test_an_utterance_gives_the_same_alone(self, saved, speech, family):
+        encoder = make(saved(family)[1])
+        samples, lengths = speech
+        together, frames, _ = encoder(samples, lengths)
+        for i, length in enumerate(lengths.tolist()):
+            alone = encoder(samples[i : i + 1, :length], lengths[i : i + 1])[0]
+            assert torch.allclose(together[i, : frames[i]], alone[0], atol=1e-5)
+
+    def test_whisper_hears_what_its_extractor_gives(self, saved, speech):
+        encoder = make(saved("whisper")[1])
+        extract = transformers.WhisperFeatureExtractor(chunk_length=1)
+        expected = extract(speech[0][0].numpy(), sampling_rate=16000)
+        samples = torch.nn.functional.pad(speech[0][:1], (0, 7000))
+        mel = encoder.family.log_mel(samples)
+        assert np.array_equal(mel[0].numpy(), expected.input_features[0])
+
+    @pytest.mark.parametrize("family", ["hubert", "whisper"])
+    def test_too_short_utterances_are_known_as_such(self, saved, speech, family):
+        encoder = make(saved(family)[1])
+        with pytest.raises(TooShortUttError, match="has 310 samples"):
+            encoder(speech[0], torch.tensor([9000, 310]))
+
+    def test_whisper_refuses_what_it_has_no_positions_for(self, saved):
+        encoder = make(saved("whisper")[1])
+        with pytest.raises(UserError, match="number 1 of a batch has 16001 samples"):
+            encoder(torch.zeros(2, 16001), torch.tensor([9000, 16001]))
+
+
+class TestExits:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("layer_weights", ["last", "weighted_sum"])
+    def test_are_the_outputs_of_their_depths(
+        self, saved, speech, family, layer_weights
+    ):
+        encoder = make(
+            saved(family)[1],
+            layer_choice="prefix",
+            exits=1,
+            layer_weights=layer_weights,
+        )
+        assert encoder.exits == [1, 2]
+        with encoder.collected((1, 2, 3)) as outputs:
+            encoder(*speech)
+        assert list(outputs) == [1, 2]
+        for depth, output in outputs.items():
+            encoder.set_depth(depth)
+            assert torch.equal(output, encoder(*speech)[0])
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("layer_weights", ["last", "weighted_sum"])
+    def test_utterances_may_leave(self, saved, speech, family, layer_weights):
+        encoder = make(
+            saved(family)[1],
+            layer_choice="prefix",
+            exits=1,
+            layer_weights=layer_weights,
+        )
+        with encoder.collected((1, 2)) as expected:
+            expected[3] = encoder(*speech)[0]
+        frames = encoder(*speech)[1]
+        seen = {}
+
+        def leave(depth, output, lengths):
+            seen[depth] = output, lengths
+            return torch.tensor([True, False] if depth == 1 else [False] * len(output))
+
+        with encoder.leaving((1, 2), leave):
+            encoder(*speech)
+        assert sorted(seen) == [1, 2, 3]
+        for depth, (output, lengths) in seen.items():
+            still = slice(0 if depth == 1 else 1, 2)
+            assert torch.equal(lengths, frames[still])
+            assert torch.allclose(output, expected[depth][still], atol=1e-6)
+
+    def test_need_that_a_depth_means_the_first_layers(self, saved):
+        with pytest.raises(UserError, match="layer_choice: even.*prefix"):
+            make(saved("hubert")[1], exits=1, layer_choice="even")
+
+
+class TestWeightedSum:
+    @pytest.mark.parametrize("family", FIVE)
+    @pytest.mark.parametrize("layers", [(0, 1, 2), (0, 2)])
+    def test_is_the_mean_of_what_runs(self, saved, speech, family, layers):
+        model, path = saved(family)
+        options = dict(whisper_pad=True) if family == "whisper" else {}
+        encoder = make(path, layer_weights="weighted_sum", **options)
+        logits = torch.tensor([0.3, -0.2, 0.9, 0.1])
+        encoder.layer_logits.data.copy_(logits)
+        encoder.set_depth(layers=layers)
+        output = encoder(*speech)[0]
+        made = with_layers(model, layers)
+        norm = getattr(made, "layer_norm", None)
+        if norm is not None:  # Whisper's; its last hidden state is after it
+            made.layer_norm = torch.nn.Identity()
+        states = output_of(made, *speech, output_hidden_states=True).hidden_states
+        shares = logits[[0, *(layer + 1 for layer in layers)]].softmax(0)
+        assert len(states) == len(shares)
+        expected = sum(share * state for share, state in zip(shares, states))
+        expected = expected if norm is None else norm(expected)
+        assert torch.allclose(output, expected[:, : output.size(1)], atol=1e-5)
+
+    @pytest.mark.parametrize("family", ["hubert", "wavlm_stable", "whisper"])
+    def test_of_the_last_layer_alone_is_last(self, saved, speech, family):
+        path = saved(family)[1]
+        encoder = make(path, layer_weights="weighted_sum")
+        encoder.layer_logits.data[-1] = 50
+        expected = make(path)(*speech)[0]
+        assert torch.allclose(encoder(*speech)[0], expected, atol=1e-5)
+
+    def test_is_learnt(self, saved, speech):
+        encoder = make(saved("hubert")[1], layer_weights="weighted_sum").train()
+        encoder(*speech)[0].square().sum().backward()
+        assert encoder.layer_logits.grad.abs().min() > 0
+
+
+class TestTraining:
+    @pytest.mark.parametrize("family", FIVE)
+    def test_the_librarys_layerdrop_and_masks_are_off(self, saved, speech, family):
+        options = {} if family == "whisper" else NO_DROPOUT
+        encoder = make(saved(family, **options)[1])
+        expected = encoder(*speech)[0]
+        assert torch.allclose(encoder.train()(*speech)[0], expected, atol=1e-6)
+
+    @pytest.mark.parametrize("family", FIVE)
+    def test_a_frozen_cnn_stays_as_it_is(self, saved, speech, family):
+        encoder = make(saved(family)[1], layer_choice="prefix", freeze_cnn=True).train()
+        encoder(*speech)[0].square().sum().backward()
+        cnn = {
+            parameter
+            for module in encoder.family.cnn(encoder.model)
+            for parameter in module.parameters()
+        }
+        assert cnn and all(p.grad is None for p in cnn)
+        assert not any(m.training for m in encoder.family.cnn(encoder.model))
+        others = {
+            name
+            for name, p in encoder.named_parameters()
+            if p not in cnn and p.grad is None
+        }
+        # positions are sines
+        positions = {"model.embed_positions.weight"} if family == "whisper" else set()
+        assert others == positions
+        encoder = make(saved(family)[1], freeze_cnn=False).train()
+        encoder(*speech)[0].square().sum().backward()
+        assert all(
+            p.grad is not None
+            for module in encoder.family.cnn(encoder.model)
+            for p in module.parameters()
+        )
+
+    def test_all_that_is_pretrained_waits_for_freeze_steps(self, saved, speech):
+        path = saved("hubert")[1]
+
+        def begin():
+            encoder = make(
+                path, freeze_steps=3, freeze_cnn=False, layer_weights="weighted_sum"
+            ).train()
+            return encoder, torch.optim.SGD(encoder.parameters(), 0.01)
+
+        def step(encoder, optimizer) -> bool:
+            optimizer.zero_grad()
+            encoder(*speech)[0].square().sum().backward()
+            optimizer.step()
+            assert encoder.layer_logits.grad is not None
+            grads = [p.grad is not None for p in encoder.model.parameters()]
+            assert all(grads) or not any(grads)
+            return all(grads)
+
+        encoder, optimizer = begin()
+        assert [step(encoder, optimizer) for _ in range(2)] == [False, False]
+        states = copy.deepcopy(encoder.state_dict())
+        # a resumed run goes on where that one was
+        encoder, optimizer = begin()
+        encoder.load_state_dict(states)
+        assert [step(encoder, optimizer) for _ in range(3)] == [False, True, True]
+        # ESPnet's averaging adds integers up
+        assert all(value.is_floating_point() for value in states.values())
+
+    def test_accumulated_gradients_are_of_one_step(self, saved, speech):
+        encoder = make(saved("hubert")[1], freeze_steps=1).train()
+        for _ in range(3):
+            encoder(*speech)
+        assert encoder.state_dict()["steps_done"] == 0
+
+    @pytest.mark.parametrize("family", FIVE)
+    def test_checkpointing_changes_nothing_but_memory(self, saved, speech, family):
+        path = saved(family)[1]
+        gradients, runs = [], []
+        for checkpointing in (False, True):
+            encoder = make(path, gradient_checkpointing=checkpointing).train()
+            encoder.gates.select((0, 2))
+            norms = [layer.final_layer_norm for layer in encoder.gates.children()]
+            counts = [0, 0, 0]
+
+            def count(slot, *_):
+                counts[slot] += 1
+
+            for slot, norm in enumerate(norms):
+                norm.register_forward_hook(lambda *_, slot=slot: count(slot))
+            torch.manual_seed(4)
+            encoder(*speech)[0].square().sum().backward()
+            gradients.append({n: p.grad for n, p in encoder.named_parameters()})
+            runs.append(counts)
+        assert runs == [[1, 0, 1], [2, 0, 2]]  # again in the backward pass
+        for name, gradient in gradients[0].items():
+            other = gradients[1][name]
+            assert (gradient is other is None) or torch.allclose(gradient, other)
+
+    @pytest.mark.parametrize("family", FIVE)
+    def test_masks_are_transformers_own(self, saved, speech, family):
+        model, path = saved(family)
+        encoder = make(path, apply_spec_augment=True)
+        if family != "whisper":
+            assert torch.equal(encoder.model.masked_spec_embed, model.masked_spec_embed)
+        plain = make(path)(*speech)[0]
+        assert torch.equal(encoder(*speech)[0], plain)  # none in evaluation
+        encoder.family.masking.train()
+        encoder.model.training = True  # of it alone, to leave dropout out
+        np.random.seed(0)
+        masked = encoder(*speech)[0]
+        assert not torch.allclose(masked, plain)
+        np.random.seed(0)
+        assert torch.equal(encoder(*speech)[0], masked)
+        short = speech[0][:, :700], torch.tensor([700, 650])
+        encoder(*short)  # no room for a span, which transformers refuses
+
+    def test_mask_time_prob_replaces_that_of_the_checkpoint(self, saved):
+        path = saved("hubert")[1]
+        options = dict(apply_spec_augment=True)
+        assert make(path, **options).model.config.mask_time_prob == 0.3
+        encoder = make(path, mask_time_prob=0.1, **options)
+        assert encoder.model.config.mask_time_prob == 0.1
+        with pytest.raises(UserError, match="without apply_spec_augment"):
+            make(path, mask_time_prob=0.1)
+
+
+@pytest.fixture
+def build_hf(build):
+    """Return a function that builds a model of speech recognition with the encoder."""
+
+    def model(path: Path, encoder_conf=None, **changes: Any):
+        espnets = "output_size attention_heads linear_units cnn_module_kernel"
+        espnets += " macaron_style dropout_rate num_blocks"
+        encoder_conf = {
+            **dict.fromkeys(espnets.split()),
+            "model": str(path),
+            **(encoder_conf or {}),
+        }
+        options = dict(
+            encoder="ld_hf",
+            encoder_conf=encoder_conf,
+            input_size=1,
+            specaug=None,
+            frontend_conf=dict(fs=16000),
+        )
+        return build(**{**options, **changes})
+
+    return model
+
+
+class TestModel:
+    @pytest.mark.parametrize("family", FIVE)
+    def test_trains_exits_and_all_weights(self, saved, build_hf, batch, family):
+        exits = dict(layer_choice="prefix", depth_sampler="full", exits=1)
+        model = build_hf(saved(family)[1], exits, model="dld").train()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        loss, stats, _ = model(**batch("a", "c"))
+        loss.backward()
+        optimizer.step()
+        assert stats["depth"] == 3
+        kept = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+        cnn = ("encoder.model.feature_extractor.", "encoder.model.conv")
+        positions = "encoder.model.embed_positions.weight"
+        zero_gradient = ("k_proj.bias",)  # softmax does not see it
+        unexpected = [
+            n
+            for n in kept
+            if not n.startswith((*cnn, positions)) and not n.endswith(zero_gradient)
+        ]
+        assert not unexpected
+        assert any(n.startswith(cnn) for n in kept)
+        assert not [n for n in before if n.startswith(cnn) and n not in kept]
+
+    def test_forwards_of_a_step_share_their_masks(self, saved, build_hf, batch):
+        masked = dict(
+            layer_choice="even",
+            depth_sampler="uniform",
+            apply_spec_augment=True,
+        )
+        path = saved("hubert")[1]
+        self_taught = dict(reference="self")
+        model = build_hf(path, masked, model="dld", model_conf=self_taught).train()
+        seen = []
+        model.encoder.family.masking.register_forward_hook(
+            lambda module, args, output: seen.append((output == 0).all(-1))
+        )
+        model.encoder.model.masked_spec_embed.data.zero_()
+        for module in model.encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model(**batch("a", "c"))
+        assert len(seen) >= 2 and seen[0].any()
+        assert all(torch.equal(mask, seen[0]) for mask in seen)
+        state = np.random.get_state()[1].copy()
+        model(**batch("a", "c"))
+        assert not np.array_equal(np.random.get_state()[1], state)
+        assert not torch.equal(seen[-1], seen[0])
+
+    def test_is_built_again_without_the_model(self, saved, build_hf, batch, tmp_path):
+        from dldkit.asr.loading import load_asr_model
+
+        model, path = saved("wav2vec2_stable")  # which normalises speech
+        built = build_hf(path, directory=tmp_path / "exp").eval()
+        shutil.rmtree(path)
+        loaded, args = load_asr_model(tmp_path / "exp")
+        assert args.encoder_conf["num_blocks"] == 3
+        assert args.encoder_conf["normalize"] is True
+        speech = {k: v for k, v in batch("a", "c").items() if k.startswith("speech")}
+        assert torch.equal(loaded.encode(**speech)[0], built.encode(**speech)[0])
+
+    def test_costs_what_runs(self, saved, build_hf):
+        model = build_hf(saved("wavlm")[1]).eval()
+        samples = np.zeros(16000, np.float32)
+        found = {}
+        for layers in ((0, 1, 2), (0, 1), (1, 2)):
+            model.encoder.set_depth(layers=layers)
+            found[layers] = macs(model, samples), parameters_in_use(model)
+        layer = list(model.encoder.gates.children())[1]
+        size = sum(p.numel() for p in layer.parameters())
+        bias = model.encoder.gates[0].attention.rel_attn_embed.weight.numel()
+        full = sum(p.numel() for p in (*model.encoder.parameters(),))
+        full += sum(p.numel() for p in model.ctc.parameters())
+        assert found[0, 1, 2][1] == full
+        assert found[0, 1][1] == full - size
+        # the first layer is as big but for the bias, which is used all the same
+        assert found[1, 2][1] == full - size and bias > 0
+        assert found[0, 1][0] == found[1, 2][0] < found[0, 1, 2][0]
+
+    def test_attention_is_counted(self, saved, build_hf):
+        model = build_hf(saved("hubert")[1]).eval()
+        frames = 49
+        counts = []
+        for layers in ((0, 1, 2), (0, 1)):
+            model.encoder.set_depth(layers=layers)
+            counts.append(macs(model, np.zeros(16000, np.float32)))
+        linear = frames * (4 * 16 * 16 + 2 * 16 * 32)
+        attention = 2 * frames * frames * 16
+        assert counts[0] - counts[1] == linear + attention
+
+    def test_needs_no_calibration(self, saved, build_hf, corpus, tmp_path, caplog):
+        from dldkit.asr.calibration import write_depth_profile
+
+        build_hf(saved("hubert")[1], directory=tmp_path / "exp")
+        caplog.set_level("INFO")
+        checkpoint = tmp_path / "exp" / "valid.loss_ctc.best.pth"
+        write_depth_profile(checkpoint, corpus.train, [2])
+        assert "no BatchNorm: it needs no depth profile" in caplog.text
+
+
+class TestRefusals:
+    def test_of_models(self, saved, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(UserError, match="nowhere is no directory.*the network"):
+            make(tmp_path / "nowhere")
+        transformers.BertConfig().save_pretrained(tmp_path / "bert")
+        with pytest.raises(UserError, match="is a bert model: choose one of wavlm"):
+            make(tmp_path / "bert")
+        path = saved("hubert")[1]
+        extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=8000)
+        extractor.save_pretrained(path)
+        with pytest.raises(UserError, match="takes speech of 8000 Hz"):
+            make(path)
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (dict(layer_weights="first"), "unknown layer_weights 'first'"),
+            (dict(freeze_steps=-1), "freeze_steps -1"),
+            (dict(whisper_pad=True), "is a hubert model: remove it"),
+            (dict(depth_sampler="beta"), "depth_sampler 'beta'"),
+        ],
+    )
+    def test_of_options(self, saved, options, message):
+        with pytest.raises(UserError, match=message):
+            make(saved("hubert")[1], **options)
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            (dict(frontend_conf=dict(fs="8k")), "16000 Hz, and fs is 8000"),
+            (dict(specaug="specaug"), "specaug: null .*apply_spec_augment"),
+            (dict(normalize="utterance_mvn"), "normalize: null .*feats_normalize none"),
+            (dict(input_size=80), "waveforms, not 80 features: set input_size: 1"),
+            (dict(input_size=None), "waveforms, not .* features: set input_size: 1"),
+        ],
+    )
+    def test_of_configs(self, saved, build_hf, changes, message):
+        with pytest.raises(UserError, match=message):
+            build_hf(saved("hubert")[1], **changes)
