@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
@@ -252,6 +253,13 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
                     f"encoder: ld_hf takes waveforms as they are, and the config has "
                     f"{name}: {getattr(args, name)}: set {name}: null ({instead})"
                 )
+
+
+def weight_files(model: str) -> list[Path]:
+    """Return the files of a local model's weights; none on the Hub."""
+    return sorted(Path(model).glob("*.safetensors")) or sorted(
+        Path(model).glob("*.bin")
+    )
 
 
 def _families():

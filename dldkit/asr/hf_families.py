@@ -274,6 +274,8 @@ class WhisperFamily(torch.nn.Module):
     def gate(self, model: PreTrainedModel, sampler: DepthSampler) -> None:
         """Let the model's layers be switched off."""
         model.layers = HFLayers(model.layers, sampler)
+        # sines, which transformers keeps as they are, but forgets when it loads them
+        model.embed_positions.requires_grad_(False)
 
     def cnn(self, model: PreTrainedModel) -> list[torch.nn.Module]:
         """Return the convolutions in front of the layers."""

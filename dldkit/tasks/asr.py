@@ -8,11 +8,14 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.tasks.asr import ASRTask
 
 import dldkit
+from dldkit.asr.hf_encoder import weight_files
 from dldkit.asr.model import SELF
 from dldkit.asr.reference import POSTERIORS, is_cached, reference_file
 from dldkit.config_files import resolved_arguments
 from dldkit.data.frames import read_in_training
+from dldkit.errors import UserError
 from dldkit.train.choices import TrainerChoice, trainer_choices
+from dldkit.train.trainer import CHECKPOINT
 
 # Children of multi-GPU training import just this module.
 dldkit.register()
@@ -39,18 +42,27 @@ class DLDASRTask(TrainerChoice, ASRTask):
 
     @classmethod
     def check_data(cls, args: argparse.Namespace) -> None:
-        """Let training read cached posteriors, and refuse utterances without them."""
+        """Let training read cached posteriors, and refuse utterances without them.
+
+        Raises:
+            UserError: when a pretrained encoder would begin with random weights.
+        """
+        _refuse_lost_weights(args)
         reference = (args.model_conf or {}).get("reference")
         if not args.collect_stats and is_cached(reference):
             read_in_training(args, Path(reference), POSTERIORS, "collect_posteriors")
 
     @classmethod
     def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
-        """Return the reference's file, if there is one."""
+        """Return the files of the reference and of a pretrained encoder, if any."""
+        files = {}
+        if args.encoder == "ld_hf":
+            found = weight_files((args.encoder_conf or {}).get("model", ""))
+            files = {f"model {path.name}": path for path in found}
         reference = (args.model_conf or {}).get("reference")
-        if reference in (None, SELF):
-            return {}
-        return {"reference": reference_file(reference)}
+        if reference not in (None, SELF):
+            files["reference"] = reference_file(reference)
+        return files
 
     @classmethod
     def optional_data_names(
@@ -58,3 +70,15 @@ class DLDASRTask(TrainerChoice, ASRTask):
     ) -> tuple[str, ...]:
         """Return the data that training may have."""
         return (*super().optional_data_names(train, inference), POSTERIORS)
+
+
+def _refuse_lost_weights(args: argparse.Namespace) -> None:
+    """Refuse a config.yaml of an experiment, without its weights, as a new training."""
+    is_known = "hf_config" in (args.encoder_conf or {})
+    is_resumed = args.resume and Path(args.output_dir, CHECKPOINT).is_file()
+    if is_known and not (args.collect_stats or args.init_param or is_resumed):
+        raise UserError(
+            "encoder_conf has hf_config, as the config.yaml of an experiment, whose "
+            "checkpoint has the weights: name it by --init_param, or remove hf_config "
+            "to begin with those of the pretrained model"
+        )

@@ -81,7 +81,7 @@ def saved(tmp_path):
         torch.manual_seed(0)
         model = cls(cls.config_class(**{**sizes, **options})).eval()
         for name, parameter in model.named_parameters():
-            if "norm" in name or "rel" in name:  # else they begin alike, or small
+            if "norm" in name or "rel_attn_embed" in name:  # else alike, or small
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
         directory = tmp_path / family
         model.save_pretrained(directory)
@@ -120,7 +120,7 @@ def output_of(
         waves = [s[:n].numpy() for s, n in zip(speech, lengths)]
         mel = extract(waves, sampling_rate=16000, return_tensors="pt")
         return model(mel.input_features, **options)
-    if model.config.feat_extract_norm == "layer":
+    if getattr(model.config, "do_stable_layer_norm", False):
         speech = normalize_speech(speech, lengths)
     mask = None
     if int(lengths.min()) < speech.size(1):
@@ -418,7 +418,7 @@ class TestTraining:
                 counts[slot] += 1
 
             for slot, norm in enumerate(norms):
-                norm.register_forward_hook(lambda *_, slot=slot: count(slot))
+                norm.register_forward_pre_hook(lambda *_, slot=slot: count(slot))
             torch.manual_seed(4)
             encoder(*speech)[0].square().sum().backward()
             gradients.append({n: p.grad for n, p in encoder.named_parameters()})
@@ -473,6 +473,7 @@ def build_hf(build):
             encoder_conf=encoder_conf,
             input_size=1,
             specaug=None,
+            normalize=None,
             frontend_conf=dict(fs=16000),
         )
         return build(**{**options, **changes})
@@ -485,24 +486,19 @@ class TestModel:
     def test_trains_exits_and_all_weights(self, saved, build_hf, batch, family):
         exits = dict(layer_choice="prefix", depth_sampler="full", exits=1)
         model = build_hf(saved(family)[1], exits, model="dld").train()
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
         loss, stats, _ = model(**batch("a", "c"))
         loss.backward()
-        optimizer.step()
         assert stats["depth"] == 3
-        kept = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+        untrained = {
+            name
+            for name, p in model.named_parameters()
+            if p.grad is None or not p.grad.abs().max() > 0
+        }
         cnn = ("encoder.model.feature_extractor.", "encoder.model.conv")
+        frozen = {n for n, _ in model.named_parameters() if n.startswith(cnn)}
+        assert frozen and frozen <= untrained
         positions = "encoder.model.embed_positions.weight"
-        zero_gradient = ("k_proj.bias",)  # softmax does not see it
-        unexpected = [
-            n
-            for n in kept
-            if not n.startswith((*cnn, positions)) and not n.endswith(zero_gradient)
-        ]
-        assert not unexpected
-        assert any(n.startswith(cnn) for n in kept)
-        assert not [n for n in before if n.startswith(cnn) and n not in kept]
+        assert untrained - frozen <= {positions}
 
     def test_forwards_of_a_step_share_their_masks(self, saved, build_hf, batch):
         masked = dict(
@@ -524,9 +520,7 @@ class TestModel:
         model(**batch("a", "c"))
         assert len(seen) >= 2 and seen[0].any()
         assert all(torch.equal(mask, seen[0]) for mask in seen)
-        state = np.random.get_state()[1].copy()
         model(**batch("a", "c"))
-        assert not np.array_equal(np.random.get_state()[1], state)
         assert not torch.equal(seen[-1], seen[0])
 
     def test_is_built_again_without_the_model(self, saved, build_hf, batch, tmp_path):
