@@ -4,6 +4,7 @@ What the options and the configs alone can tell is refused here, in less than a 
 neither ESPnet nor torch is imported, but to look into a model to start from.
 """
 
+import json
 import math
 import os
 import re
@@ -85,7 +86,8 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     if options["asr_exp"] and int(options["stage"]) > 11:  # it was trained before
         existing = Path(options["asr_exp"], "config.yaml")
         decoded = merge_files([str(existing)]) if existing.is_file() else config
-    layers = OmegaConf.select(decoded, "encoder_conf.num_blocks")
+    _check_waveforms(options, config)
+    layers = _num_layers(decoded)
     depths = _depths(options, "inference_depths", layers)
     if not depths:
         raise UserError('--inference_depths is empty: name depths, such as "12 6 2"')
@@ -340,7 +342,7 @@ def _valid_depths(config: DictConfig, depths: str) -> str:
     Empty for a system of one depth, and where the config says it itself.
     """
     encoder = config.get("encoder_conf") or {}
-    layers = encoder.get("num_blocks")
+    layers = _num_layers(config)
     exits = encoder.get("exits") or encoder.get("interctc_layer_idx")
     dynamic = exits or encoder.get("depth_sampler", "bernoulli") != "full"
     if (
@@ -362,9 +364,6 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
     text = options["exit_thresholds"]
     thresholds = _parsed(exit_thresholds, options, "exit_thresholds")
     exits = OmegaConf.select(config, "encoder_conf.exits") or []
-    layers = OmegaConf.select(config, "encoder_conf.num_blocks")
-    if isinstance(exits, int):
-        exits = list(range(exits, layers or 0, exits))
     given = dict(_by_name(_words(options, "inference_args")))
     if options["inference_config"]:
         given |= merge_files([options["inference_config"]])
@@ -379,7 +378,38 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
         raise UserError(f"--exit_thresholds {text}: {reason}")
     if reason or thresholds == "none":
         return {"exit_thresholds": "none", "exits": ""}
+    if isinstance(exits, int):
+        exits = range(exits, _num_layers(config) or 0, exits)
     return {"exits": " ".join(str(exit_) for exit_ in exits)}
+
+
+def _check_waveforms(options: Mapping[str, str], config: DictConfig) -> None:
+    """Refuse features for an encoder that takes speech of 16 kHz as it is."""
+    if config.get("encoder") != "ld_hf":
+        return
+    for name, needed in (("feats_type", "raw"), ("feats_normalize", "none")):
+        if options[name] != needed:
+            raise UserError(
+                f"--{name} {options[name]}: encoder: ld_hf takes speech as it is; say "
+                f"--{name} {needed}"
+            )
+    if _parsed(sampling_rate, options, "fs") != 16000:
+        raise UserError(
+            f"--fs {options['fs']}: encoder: ld_hf takes speech of 16 kHz; say --fs "
+            "16k, to which stage 3 resamples"
+        )
+
+
+def _num_layers(config: DictConfig) -> Any:
+    """Return how many layers the encoder has; None where only the Hub knows."""
+    layers = OmegaConf.select(config, "encoder_conf.num_blocks")
+    if layers is not None or config.get("encoder") != "ld_hf":
+        return layers
+    file = Path(str(OmegaConf.select(config, "encoder_conf.model")), "config.json")
+    if not file.is_file():
+        return None
+    model = json.loads(file.read_text(encoding="utf-8"))
+    return model.get("encoder_layers", model.get("num_hidden_layers"))
 
 
 def _is_open(config: DictConfig, key: str) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dldkit.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 AN4 = ROOT / "egs2" / "mini_an4" / "asr1"  # a model of four layers
 DISTILL = ROOT / "egs2" / "digits" / "ssl1"  # a student of twelve
@@ -300,8 +302,47 @@ def test_a_trained_experiment_says_its_own_layers_and_checkpoints(check):
     assert check(**trained, inference_depths="12")["inference_depths"] == "12"
 
 
+class TestPretrainedEncoder:
+    """encoder: ld_hf, whose layers the model's own config.json tells."""
+
+    @pytest.fixture
+    def check_hf(self, check):
+        def run(model="model", **changes):
+            config = dict(encoder="ld_hf", input_size=1, encoder_conf=dict(model=model))
+            config["best_model_criterion"] = [["valid", "loss_ctc", "min"]]
+            Path("conf/train_hf.yaml").write_text(yaml.safe_dump(config))
+            Path("model").mkdir(exist_ok=True)
+            Path("model/config.json").write_text('{"num_hidden_layers": 6}')
+            options = dict(asr_config="conf/train_hf.yaml", feats_normalize="none")
+            return check(**{**options, **changes})
+
+        return run
+
+    def test_has_the_layers_of_its_model(self, check_hf):
+        settings = check_hf(inference_depths="6 2")
+        assert (settings["exits"], settings["valid_depths"]) == ("2 4", "[6,3,2]")
+        with pytest.raises(UserError, match="the encoder has 6 layers"):
+            check_hf(inference_depths="12")
+
+    def test_of_the_hub_is_not_known(self, check_hf):
+        settings = check_hf(model="user/name", inference_depths="12 6")
+        assert (settings["exits"], settings["valid_depths"]) == ("", "")
+        assert "exit_thresholds" not in settings  # it stays as it is
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            (dict(fs="8k"), "--fs 8k: .*say --fs 16k"),
+            (dict(feats_type="fbank"), "say --feats_type raw"),
+            (dict(feats_normalize="global_mvn"), "say --feats_normalize none"),
+        ],
+    )
+    def test_takes_speech_as_it_is(self, check_hf, changes, message):
+        with pytest.raises(UserError, match=message):
+            check_hf(**changes)
+
+
 def test_a_language_model_needs_a_beam(check):
-    from dldkit.errors import UserError
 
     lm = Path("exp/lm")
     lm.mkdir(parents=True)
@@ -316,7 +357,6 @@ def test_a_language_model_needs_a_beam(check):
 
 def test_a_model_to_start_from_says_its_layers_and_tokens(check):
     """It has eight layers, where the recipe's has six."""
-    from dldkit.errors import UserError
 
     exp = Path("exp/asr_mine")
     exp.mkdir(parents=True)

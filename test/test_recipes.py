@@ -565,9 +565,9 @@ def test_a_comparison_goes_on_where_it_stopped(an4):
     assert long > 2 and {p.stem for p in results.glob("*.json")} == set(names)
     went_on, log = log_of(f"exp/compare/asr_{names[2]}", long)
     assert log.count("1epoch results") == log.count(f"{long}epoch results") == 1
-    assert "goes on where" in (
-        an4.recipe / f"exp/compare/log/{names[2]}.log"
-    ).read_text()
+    assert (
+        "goes on where" in (an4.recipe / f"exp/compare/log/{names[2]}.log").read_text()
+    )
 
     # one that never was shorter gives the same numbers
     (results / f"{names[2]}.json").rename(an4.recipe / "before.json")

@@ -243,7 +243,10 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
                 f"encoder: ld_hf takes speech of {RATE} Hz, and fs is {rate}: set fs "
                 "(--fs) to 16k, which resamples in stage 3"
             )
-        for name in ("specaug", "normalize", "preencoder"):
+        parts = ["specaug", "preencoder"]
+        if not getattr(args, "collect_stats", False):  # where none is used yet
+            parts.append("normalize")
+        for name in parts:
             if getattr(args, name, None) is not None:
                 instead = {
                     "specaug": "for masks, set encoder_conf: apply_spec_augment: true",

@@ -215,6 +215,12 @@ class GatedModuleList(Gates, torch.nn.ModuleList):
         super().__init__(layers)
         self.open(sampler)
 
+    def __repr__(self) -> str:
+        # ModuleList's own goes over what iteration yields, which are not the layers
+        name = type(self).__name__
+        layers = torch.nn.ModuleList(self.children())
+        return repr(layers).replace("ModuleList", name, 1)
+
     def pass_through(self, layer: torch.nn.Module) -> Callable:
         return lambda hidden_states, **kwargs: hidden_states
 

@@ -1,6 +1,7 @@
 """Encoders of transformers, against transformers itself."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -614,3 +615,103 @@ class TestRefusals:
     def test_of_configs(self, saved, build_hf, changes, message):
         with pytest.raises(UserError, match=message):
             build_hf(saved("hubert")[1], **changes)
+
+
+DECODE = """
+import json, os, socket, sys
+
+def blocked(*_, **__):
+    raise OSError("there is no network")
+
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = blocked
+import soundfile
+from dldkit.asr.inference import Speech2Text
+speech = soundfile.read(sys.argv[2], dtype="float32")[0]
+recognise = Speech2Text.from_pretrained(sys.argv[1])
+found = []
+for depth in (3, 1):
+    recognise.set_depth(depth)
+    found.append(float(recognise(speech)[0][-1].score))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.integration
+def test_a_zip_decodes_where_nothing_else_is(
+    saved, corpus, tmp_path, python, monkeypatch
+):
+    from dldkit.asr.inference import Speech2Text
+    from dldkit.bin.asr_train import main
+    from dldkit.pack import pack_asr
+
+    model, path = saved("wavlm")
+    exp = tmp_path / "exp" / "asr_hf"
+    espnets = "output_size attention_heads linear_units cnn_module_kernel"
+    espnets += " macaron_style dropout_rate num_blocks"
+    main(
+        corpus.training(
+            exp,
+            encoder="ld_hf",
+            encoder_conf={
+                **dict.fromkeys(espnets.split()),
+                "model": str(path),
+                "layer_choice": "prefix",
+                "depth_sampler": "uniform",
+                "exits": 1,
+            },
+            model="dld",
+            model_conf=dict(reference="self"),
+            input_size=1,
+            frontend_conf=dict(fs=16000),
+            specaug=None,
+            normalize=None,
+            max_epoch=1,
+        )
+    )
+    checkpoint = exp / "valid.loss_ctc.ave.pth"
+    trained = torch.load(checkpoint)
+    key = "encoder.model.feature_extractor.conv_layers.3.conv.weight"
+    assert torch.equal(
+        trained[key], model.state_dict()[key.removeprefix("encoder.model.")]
+    )
+    key = "encoder.model.encoder.layers.0.attention.q_proj.weight"
+    begun = model.state_dict()[key.removeprefix("encoder.model.")]
+    assert 0 < (trained[key] - begun).abs().max() < 0.1
+    shutil.rmtree(path)
+    pack_asr(checkpoint, tmp_path / "packed" / "model.zip", corpus.dev)
+    recognise = Speech2Text(exp / "config.yaml", checkpoint)
+    expected = []
+    for depth in (3, 1):
+        recognise.set_depth(depth)
+        expected.append(float(recognise(corpus.speech("x"))[0][-1].score))
+    shutil.rmtree(exp)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HOME", str(elsewhere))
+    archive, wav = tmp_path / "packed" / "model.zip", corpus.dev / "x.wav"
+    process = python("-c", DECODE, archive, wav, cwd=elsewhere)
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
+def test_the_config_of_an_experiment_is_no_new_training(saved, build_hf, tmp_path):
+    from argparse import Namespace
+
+    from dldkit.tasks.asr import DLDASRTask
+
+    options = dict(
+        encoder="ld_hf",
+        encoder_conf=dict(hf_config={}),
+        model_conf={},
+        collect_stats=False,
+        init_param=[],
+        resume=True,
+        output_dir=str(tmp_path),
+    )
+    with pytest.raises(UserError, match="hf_config.*--init_param"):
+        DLDASRTask.check_data(Namespace(**options))
+    DLDASRTask.check_data(Namespace(**{**options, "init_param": ["x.pth"]}))
+    (tmp_path / "checkpoint.pth").touch()
+    DLDASRTask.check_data(Namespace(**options))

@@ -435,6 +435,13 @@ class TestGatedModuleList:
         output = gated.eval()(self.speech).last_hidden_state
         assert torch.equal(output, plain.eval()(self.speech).last_hidden_state)
 
+    def test_prints_its_layers_whatever_runs(self, hubert):
+        _, gated = hubert(3, UniformSampler())
+        gated.encoder.layers.select((0,))
+        printed = repr(gated.train().encoder.layers)
+        assert printed.startswith("GatedModuleList(")
+        assert "(0-2): 3 x HubertEncoderLayer" in printed
+
     @pytest.mark.parametrize("options", [{}, STABLE])
     @pytest.mark.parametrize("layers", [(0,), (0, 1, 2), (1, 3, 4)])
     def test_output_is_that_of_a_plain_model_of_this_depth(
