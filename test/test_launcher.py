@@ -71,6 +71,6 @@ def test_spawned_processes_know_our_names(python, tmp_path, monkeypatch):
     (tmp_path / "spawned_child.py").write_text(CHILD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     result = python("-m", "dldkit", "-m", "spawning", "--an", "option")
-    names = "'dld', 'ld_branchformer', 'ld_conformer', 'ld_e_branchformer', 'ld_tr"
-    assert f"child knows [{names}ansformer']" in result.stdout
+    names = "'dld', 'ld_branchformer', 'ld_conformer', 'ld_e_branchformer', 'ld_hf'"
+    assert f"child knows [{names}, 'ld_transformer']" in result.stdout
     assert "arguments ['--an', 'option']" in result.stdout

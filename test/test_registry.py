@@ -28,7 +28,7 @@ def test_adds_its_names_and_leaves_the_others(choices):
     assert {n: c for n, c in encoder_choices.classes.items() if n in encoders} == (
         encoders
     )
-    assert set(encoder_choices.classes) - set(encoders) == set(NAMES)
+    assert set(encoder_choices.classes) - set(encoders) == {*NAMES, "ld_hf"}
     assert set(model_choices.classes) - set(models) == {"dld"}
     for name in NAMES:
         theirs = encoder_choices.get_class(name.removeprefix("ld_"))

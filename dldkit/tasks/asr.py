@@ -42,22 +42,22 @@ class DLDASRTask(TrainerChoice, ASRTask):
 
     @classmethod
     def check_data(cls, args: argparse.Namespace) -> None:
-        """Let training read cached posteriors, and refuse utterances without them.
-
-        Raises:
-            UserError: when a pretrained encoder would begin with random weights.
-        """
-        _refuse_lost_weights(args)
+        """Let training read cached posteriors, and refuse utterances without them."""
         reference = (args.model_conf or {}).get("reference")
         if not args.collect_stats and is_cached(reference):
             read_in_training(args, Path(reference), POSTERIORS, "collect_posteriors")
 
     @classmethod
     def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
-        """Return the files of the reference and of a pretrained encoder, if any."""
+        """Return the files of the reference and of a pretrained encoder, if any.
+
+        Raises:
+            UserError: when a pretrained encoder would begin with random weights.
+        """
         files = {}
         if args.encoder == "ld_hf":
-            found = weight_files((args.encoder_conf or {}).get("model", ""))
+            _refuse_lost_weights(args)
+            found = weight_files(args.encoder_conf.get("model", ""))
             files = {f"model {path.name}": path for path in found}
         reference = (args.model_conf or {}).get("reference")
         if reference not in (None, SELF):
@@ -74,9 +74,8 @@ class DLDASRTask(TrainerChoice, ASRTask):
 
 def _refuse_lost_weights(args: argparse.Namespace) -> None:
     """Refuse a config.yaml of an experiment, without its weights, as a new training."""
-    is_known = "hf_config" in (args.encoder_conf or {})
     is_resumed = args.resume and Path(args.output_dir, CHECKPOINT).is_file()
-    if is_known and not (args.collect_stats or args.init_param or is_resumed):
+    if "hf_config" in args.encoder_conf and not (args.init_param or is_resumed):
         raise UserError(
             "encoder_conf has hf_config, as the config.yaml of an experiment, whose "
             "checkpoint has the weights: name it by --init_param, or remove hf_config "

@@ -705,13 +705,12 @@ def test_the_config_of_an_experiment_is_no_new_training(saved, build_hf, tmp_pat
         encoder="ld_hf",
         encoder_conf=dict(hf_config={}),
         model_conf={},
-        collect_stats=False,
         init_param=[],
         resume=True,
         output_dir=str(tmp_path),
     )
     with pytest.raises(UserError, match="hf_config.*--init_param"):
-        DLDASRTask.check_data(Namespace(**options))
-    DLDASRTask.check_data(Namespace(**{**options, "init_param": ["x.pth"]}))
+        DLDASRTask.teacher_files(Namespace(**options))
+    DLDASRTask.teacher_files(Namespace(**{**options, "init_param": ["x.pth"]}))
     (tmp_path / "checkpoint.pth").touch()
-    DLDASRTask.check_data(Namespace(**options))
+    DLDASRTask.teacher_files(Namespace(**options))
