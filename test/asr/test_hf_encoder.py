@@ -684,6 +684,8 @@ def test_a_zip_decodes_where_nothing_else_is(
     for depth in (3, 1):
         recognise.set_depth(depth)
         expected.append(float(recognise(corpus.speech("x"))[0][-1].score))
+    stopped = recognise(corpus.speech("x"), exit_threshold=1.0)
+    assert stopped[0][-1].depth == 1
     shutil.rmtree(exp)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
