@@ -2,7 +2,8 @@
 
 Each family is read, built, fed and run in its own way; `dldkit.asr.hf_encoder` does the
 rest. transformers' own forwards are not used: Whisper's takes 30 s or nothing, and the
-others build their attention mask once, so no utterance could leave the batch.
+others build their attention mask once, so no utterance could leave the batch. Their
+LayerDrop is in those forwards, and so it is off.
 """
 
 import json
@@ -30,9 +31,6 @@ from dldkit.sfm.wave import cnn_features, frame_lengths, frame_mask, normalize_s
 
 RATE = 16000
 WAVE_MODELS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
-# Layers are dropped by the sampler, alike on all ranks; an adapter would follow the
-# output and lower its rate.
-OFF = dict(layerdrop=0.0, encoder_layerdrop=0.0, add_adapter=False)
 # Of config.json: where it came from, and in which precision it was stored.
 NOT_SAVED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -142,17 +140,18 @@ class Masking(torch.nn.Module):
         mask: Callable[..., torch.Tensor],
         features: torch.Tensor,
         valid: torch.Tensor,
-        longest: int,
+        span: int,
     ) -> torch.Tensor:
         """Return the features, masked by transformers' own function.
 
         Args:
             mask: takes the features and `attention_mask`.
-            features: as `mask` takes them; of `longest` frames.
+            features: as `mask` takes them.
             valid: which frames are (Batch, Time).
-            longest: a batch of this length has no room for a span, and is left alone.
+            span: frames of a span; a shorter batch has no room for one, which
+                transformers refuses.
         """
-        if not self.training or valid.size(1) < longest:
+        if not self.training or valid.size(1) < span:
             return features
         return mask(features, attention_mask=valid)
 
@@ -409,7 +408,7 @@ def read_config(
         config = transformers.AutoConfig.for_model(**hf_config)
     except (TypeError, ValueError) as error:
         raise UserError(f"encoder_conf hf_config can not be used: {error}") from error
-    config.update({k: v for k, v in OFF.items() if hasattr(config, k)})
+    config.add_adapter = False  # it would follow the output and lower its rate
     key = family_of(config).layers_key
     available = getattr(config, key)
     if num_blocks is not None and not 1 <= num_blocks <= available:

@@ -212,6 +212,13 @@ class TestDepth:
         with pytest.raises(UserError, match="num_blocks 4: the model has 3 layers"):
             make(path, num_blocks=4)
 
+    def test_an_adapter_is_left_out(self, saved, speech):
+        """It would follow the output, and halve its rate."""
+        encoder = make(saved("wav2vec2", add_adapter=True)[1])
+        output, frames, _ = encoder(*speech)
+        assert frames.tolist() == [27, 18] and output.size(1) == 27
+        assert not [n for n, _ in encoder.named_parameters() if "adapter" in n]
+
     def test_whisper_may_be_a_part_of_a_checkpoint(self, saved, speech):
         model, path = saved("whisper", transformers.WhisperModel)
         expected = output_of(model.encoder, *speech).last_hidden_state
