@@ -361,6 +361,7 @@ class TestTraining:
             for parameter in module.parameters()
         }
         assert cnn and all(p.grad is None for p in cnn)
+        assert not any(p.requires_grad for p in cnn)
         assert not any(m.training for m in encoder.family.cnn(encoder.model))
         others = {
             name
@@ -380,11 +381,15 @@ class TestTraining:
 
     def test_all_that_is_pretrained_waits_for_freeze_steps(self, saved, speech):
         path = saved("hubert")[1]
+        in_graph = []
 
         def begin():
             encoder = make(
                 path, freeze_steps=3, freeze_cnn=False, layer_weights="weighted_sum"
             ).train()
+            encoder.model.feature_projection.register_forward_pre_hook(
+                lambda module, args: in_graph.append(args[0].requires_grad)
+            )
             return encoder, torch.optim.SGD(encoder.parameters(), 0.01)
 
         def step(encoder, optimizer) -> bool:
@@ -394,6 +399,7 @@ class TestTraining:
             assert encoder.layer_logits.grad is not None
             grads = [p.grad is not None for p in encoder.model.parameters()]
             assert all(grads) or not any(grads)
+            assert in_graph[-1] == all(grads)  # the CNN, which is costly
             return all(grads)
 
         encoder, optimizer = begin()
