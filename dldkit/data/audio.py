@@ -1,15 +1,34 @@
 """Read, check and convert single utterances of audio."""
 
+import functools
+import io
 import os
 import re
 import struct
+import subprocess
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 
 PathLike = str | Path
-UNKNOWN_SIZE = 0x7FFFFFFF  # a WAV that was streamed declares a size from here up
+# A WAV that was streamed declares a size from here up: sox writes this one, ffmpeg and
+# others write all ones.
+UNKNOWN_SIZE = 0x7FFFF000
+ARK = re.compile(r"(.+):(\d+)")  # an archive of Kaldi's, and the place in it
+# What `lhotse kaldi export` writes for files that Kaldi can not read: they are decoded
+# by these programs, whole, and are not changed otherwise.
+LHOTSE_PIPES = (
+    re.compile(
+        r"ffmpeg -threads 1 -i (?P<path>.+) -ar (?P<rate>\d+) "
+        r"-map_channel 0\.0\.(?P<channel>\d+) +-f wav -threads 1 pipe:1 \|"
+    ),
+    re.compile(
+        r"sph2pipe (?P<path>.+) -f wav -c (?P<number>\d+) -p \| "
+        r"ffmpeg -threads 1 -i pipe:0 -ar (?P<rate>\d+) -f wav -threads 1 pipe:1 \|"
+    ),
+)
 
 
 class BadAudio(ValueError):
@@ -22,50 +41,182 @@ def read_audio(
     end: float | None = None,
     channel: int | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Read one utterance of a file that libsndfile knows (wav, flac, sph ...).
-
-    Args:
-        start, end: the part to read, in seconds; `end=None` reads to the end.
-        channel: the one to read, from 0; None = all of them, mixed to one.
+    """Read one utterance, with its channels mixed to one; see `read_channels`.
 
     Returns:
         samples (Time,), float32 in [-1, 1], and the sampling rate in Hz.
+    """
+    samples, fs = read_channels(path, start, end, channel)
+    return samples.mean(1), fs
+
+
+def read_channels(
+    path: str,
+    start: float = 0.0,
+    end: float | None = None,
+    channel: int | None = None,
+) -> tuple[np.ndarray, int]:
+    """Read one utterance of an entry of `wav.scp`.
+
+    Args:
+        path: a file that libsndfile knows (wav, flac, sph, mp3 ...), a place in an
+            archive (`a.ark:123`), or a command that ends with `|` and writes such a
+            file to its output.
+        start, end: the part to read, in seconds; `end=None` reads to the end.
+        channel: the one to read, from 0; None = all of them.
+
+    Returns:
+        samples (Time, Channel), float32 in [-1, 1], and the sampling rate in Hz.
 
     Raises:
-        BadAudio: missing, unreadable, truncated, empty, or without that channel.
+        BadAudio: missing, unreadable, truncated, empty, or without that channel; a
+            command that failed.
     """
-    if not Path(path).is_file():
-        raise BadAudio(f"no such file: {path}")
+    if path.endswith("|"):
+        path, channel = _without_lhotse_s_pipe(path, channel)
     try:
-        with soundfile.SoundFile(path) as audio:
-            fs = audio.samplerate
-            if channel is not None and not 0 <= channel < audio.channels:
-                raise BadAudio(f"no channel {channel}: it has {audio.channels}, from 0")
-            declared = _declared_frames(path, audio)
-            if declared > audio.frames:
-                raise BadAudio(f"truncated: {audio.frames} of {declared} samples")
-            if not audio.frames:
-                raise BadAudio("no samples")
-            first = round(start * fs)
-            last = audio.frames if end is None else round(end * fs)
-            # Corpora round the times of segments: 50 ms too many are forgiven.
-            if audio.frames < last <= audio.frames + fs // 20:
-                last = audio.frames
-            if not 0 <= first < last <= audio.frames:
-                raise BadAudio(
-                    f"segment {start}-{end} s is empty, or not inside the "
-                    f"{audio.frames / fs:.2f} s of {path}"
-                )
-            audio.seek(first)
-            samples = audio.read(last - first, dtype="float32", always_2d=True)
+        if path.endswith("|"):
+            with io.BytesIO(_output_of(path)) as output:
+                return _read(output, "its output", start, end, channel)
+        if not Path(path).is_file():
+            if match := ARK.fullmatch(path):
+                with io.BytesIO(_from_ark(match[1], int(match[2]))) as stored:
+                    return _read(stored, path, start, end, channel)
+            raise BadAudio(f"no such file: {path}")
+        with open(path, "rb") as file:
+            return _read(file, path, start, end, channel)
     except (soundfile.LibsndfileError, OSError) as error:
-        raise BadAudio(f"unreadable: {error}")
+        raise BadAudio(f"unreadable: {_reason(error)}") from None
+
+
+def _read(
+    file: BinaryIO, name: str, start: float, end: float | None, channel: int | None
+) -> tuple[np.ndarray, int]:
+    with _opened(file) as audio:
+        fs = audio.samplerate
+        if channel is not None and not 0 <= channel < audio.channels:
+            raise BadAudio(f"no channel {channel}: it has {audio.channels}, from 0")
+        declared = _declared_frames(file, audio)
+        if declared > audio.frames:
+            raise BadAudio(f"truncated: {audio.frames} of {declared} samples")
+        if not audio.frames:
+            raise BadAudio("no samples")
+        first = round(start * fs)
+        last = audio.frames if end is None else round(end * fs)
+        # Corpora round the times of segments: 50 ms too many are forgiven.
+        if audio.frames < last <= audio.frames + fs // 20:
+            last = audio.frames
+        if not 0 <= first < last <= audio.frames:
+            raise BadAudio(
+                f"segment {start}-{end} s is empty, or not inside the "
+                f"{audio.frames / fs:.2f} s of {name}"
+            )
+        audio.seek(first)
+        samples = audio.read(last - first, dtype="float32", always_2d=True)
     if len(samples) < last - first:
         raise BadAudio(f"truncated: {len(samples)} of {last - first} samples")
-    samples = samples.mean(1) if channel is None else samples[:, channel]
+    if channel is not None:
+        samples = samples[:, channel : channel + 1]
     if not np.isfinite(samples).all():
         raise BadAudio("samples that are not finite")
     return samples, fs
+
+
+def _opened(file: BinaryIO) -> soundfile.SoundFile:
+    """Open a file by its content, or by its name where libsndfile needs that."""
+    name = getattr(file, "name", None)
+    return soundfile.SoundFile(name if name is not None else file)
+
+
+def _reason(error: Exception) -> str:
+    """Return what libsndfile says, without the place in memory of what it read."""
+    text = getattr(error, "error_string", None)
+    return text or str(error)
+
+
+def declared_length(path: PathLike) -> tuple[int, int, int]:
+    """Return how many samples, at which rate, and channels the header promises.
+
+    Raises:
+        BadAudio: there is no readable header, or no samples.
+    """
+    try:
+        with open(path, "rb") as file, _opened(file) as audio:
+            length = max(audio.frames, _declared_frames(file, audio))
+            if not length:
+                raise BadAudio("no samples")
+            return length, audio.samplerate, audio.channels
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise BadAudio(f"unreadable: {_reason(error)}") from None
+
+
+@functools.lru_cache(maxsize=1)  # the segments of a recording come one after another
+def _output_of(command: str) -> bytes:
+    """Run a command of `wav.scp`, as Kaldi does; return what it writes."""
+    shell = ["bash", "-o", "pipefail", "-c", command.strip()[:-1]]
+    try:
+        process = subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True)
+    except OSError as error:
+        raise BadAudio(f"command failed: {error}: {command}") from None
+    if process.returncode:
+        said = process.stderr.decode(errors="replace").strip().splitlines()
+        reason = said[-1] if said else f"status {process.returncode}"
+        raise BadAudio(f"command failed: {reason}: {command}")
+    if not process.stdout:
+        raise BadAudio(f"command wrote nothing: {command}")
+    return process.stdout
+
+
+def _without_lhotse_s_pipe(
+    command: str, channel: int | None
+) -> tuple[str, int | None]:
+    """Return the file that a command of `lhotse kaldi export` decodes, and the channel.
+
+    libsndfile decodes most of these files itself, faster, and without a program that
+    may be missing. Any other command, or one that resamples, is returned as it is.
+    """
+    for pattern in LHOTSE_PIPES:
+        if match := pattern.fullmatch(command):
+            groups = match.groupdict()
+            try:
+                _, rate, channels = declared_length(groups["path"])
+            except BadAudio:
+                if not Path(groups["path"]).is_file() or _is_known(groups["path"]):
+                    return groups["path"], channel  # reading it says what is wrong
+                return command, channel
+            if rate == int(groups["rate"]):
+                named = int(groups.get("channel") or int(groups.get("number") or 1) - 1)
+                return groups["path"], named if channels > 1 else channel
+    return command, channel
+
+
+def _is_known(path: str) -> bool:
+    """Say whether libsndfile reads files with such a name."""
+    return Path(path).suffix[1:].upper() in {*soundfile.available_formats(), "SPH"}
+
+
+@functools.lru_cache(maxsize=1)
+def _from_ark(ark: str, place: int) -> bytes:
+    """Return the audio file that begins at a place in an archive of Kaldi's.
+
+    A WAV lies there as it is; before other files, as in ESPnet's flac.ark, stand a mark
+    and the length.
+    """
+    with open(ark, "rb") as archive:
+        archive.seek(place)
+        head = archive.read(8)
+        if head[:4] in (b"RIFF", b"RIFX"):
+            (size,) = struct.unpack(f"{'<' if head[3:4] == b'F' else '>'}I", head[4:])
+            return head + archive.read(size if size < UNKNOWN_SIZE else -1)
+        if head[:5] == b"AUDIO":
+            archive.seek(place + 5)
+            digits = int.from_bytes(archive.read(1))  # how many bytes the length has
+            size = int.from_bytes(archive.read(digits), "little")
+            audio = archive.read(size)
+            if len(audio) < size:
+                raise BadAudio(f"truncated: {ark} ends inside of {ark}:{place}")
+            return audio
+    raise BadAudio(f"no audio at {ark}:{place}")
 
 
 def convert(
@@ -104,37 +255,37 @@ def write_audio(path: PathLike, samples: np.ndarray, fs: int) -> None:
     soundfile.write(path, integers, fs, subtype="PCM_16")
 
 
-def _declared_frames(path: str, audio: soundfile.SoundFile) -> int:
+def _declared_frames(file: BinaryIO, audio: soundfile.SoundFile) -> int:
     """Return how many samples the header promises.
 
     libsndfile quietly shortens truncated WAV and NIST SPHERE files to what is there;
     for other formats its own count is the header's.
     """
     if audio.format in ("WAV", "WAVEX"):
-        block, size = _wav_header(path)
+        block, size = _wav_header(file)
         if block and size is not None and size < UNKNOWN_SIZE:
             return size // block
     elif audio.format == "NIST":
-        with open(path, "rb") as raw:
-            count = re.search(rb"sample_count -i (\d+)", raw.read(1024))
+        file.seek(0)
+        count = re.search(rb"sample_count -i (\d+)", file.read(1024))
         if count:
             return int(count[1])
     return audio.frames
 
 
-def _wav_header(path: str) -> tuple[int, int | None]:
+def _wav_header(file: BinaryIO) -> tuple[int, int | None]:
     """Return the bytes of a frame, and the bytes that the chunk `data` declares."""
     block = 0
-    with open(path, "rb") as raw:
-        order = ">" if raw.read(12)[:4] == b"RIFX" else "<"
-        while len(head := raw.read(8)) == 8:
-            name, size = struct.unpack(f"{order}4sI", head)
-            if name == b"data":
-                return block, size
-            if name == b"fmt ":
-                (block,) = struct.unpack_from(f"{order}H", raw.read(size), 12)
-                size %= 2
-            else:
-                size += size % 2
-            raw.seek(size, os.SEEK_CUR)  # chunks begin at even places
+    file.seek(0)
+    order = ">" if file.read(12)[:4] == b"RIFX" else "<"
+    while len(head := file.read(8)) == 8:
+        name, size = struct.unpack(f"{order}4sI", head)
+        if name == b"data":
+            return block, size
+        if name == b"fmt ":
+            (block,) = struct.unpack_from(f"{order}H", file.read(size), 12)
+            size %= 2
+        else:
+            size += size % 2
+        file.seek(size, os.SEEK_CUR)  # chunks begin at even places
     return block, None

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from dldkit.data.audio import BadAudio, convert, read_audio, write_audio
+from dldkit.data.audio import BadAudio, convert, read_channels, write_audio
 from dldkit.data.datadir import (
     DROPPED_TEXT,
     Table,
@@ -53,7 +54,11 @@ class Format:
 
 @dataclass(frozen=True)
 class Utterance:
-    """Where an utterance comes from; times in seconds."""
+    """Where an utterance comes from; times in seconds.
+
+    Attributes:
+        path: as in `wav.scp`: a file, a place in an archive, or a command.
+    """
 
     id: str
     path: str
@@ -70,6 +75,7 @@ class Outcome:
     sizes: Table = field(default_factory=dict)  # for utt2num_samples or feats_shape
     dropped: Table = field(default_factory=dict)
     rates: dict[str, int] = field(default_factory=dict)  # Hz, before resampling
+    channels: dict[str, int] = field(default_factory=dict)  # before mixing, if several
 
     def update(self, other: "Outcome") -> None:
         """Take over all lines of `other`."""
@@ -129,10 +135,24 @@ def _format(
         _keep_what_was_said(src, Path(dst), outcome.dropped)
     outcome.dropped.update((utt, "empty transcript") for utt in silent)
     report_dropped(dst, outcome.dropped, len(utts))
-    for rate in sorted(set(outcome.rates.values()) - {form.fs}):
-        logging.info(f"{src}: resampled from {rate} Hz to {form.fs} Hz")
+    _log_changes(src, outcome, form.fs)
     _write_tables(src, Path(dst), form, outcome)
     shutil.rmtree(Path(dst) / "chunks", ignore_errors=True)
+
+
+def _log_changes(src: str, outcome: Outcome, fs: int) -> None:
+    """Say how many utterances were resampled and mixed."""
+    for rate, count in sorted(Counter(outcome.rates.values()).items()):
+        if rate != fs:
+            logging.info(
+                f"{src}: {count} utterance(s) resampled from {rate} Hz to {fs} Hz"
+            )
+    for channels, count in sorted(Counter(outcome.channels.values()).items()):
+        first = min(utt for utt, n in outcome.channels.items() if n == channels)
+        logging.info(
+            f"{src}: {count} utterance(s) with {channels} channels, mixed to one, "
+            f"first: {first}"
+        )
 
 
 def _keep_what_was_said(src: str, dst: Path, dropped: Table) -> None:
@@ -147,16 +167,10 @@ def read_utterances(src: str, utts: list[str]) -> list[Utterance]:
     """Join `wav.scp`, `segments` and `utt2speed` of a directory.
 
     Raises:
-        UserError: an entry of `wav.scp` is a command, or a number is malformed.
+        UserError: a number is malformed.
     """
     directory = Path(src)
     wavs = read_table(directory / "wav.scp")
-    for recording, path in wavs.items():
-        if path.endswith("|"):
-            raise UserError(
-                f"{directory / 'wav.scp'}: {recording} is a command; commands are not "
-                "run: write its output to a file and name that"
-            )
     segments = _read_optional(directory / "segments")
     speeds = _read_optional(directory / "utt2speed")
     entries = []
@@ -199,9 +213,14 @@ def _load(
     """Yield what is usable, as (id, samples (Time,) at `form.fs` Hz); note the rest."""
     for utt in chunk:
         try:
-            samples, rate = read_audio(utt.path, utt.start, utt.end, form.channel)
+            audio, rate = read_channels(utt.path, utt.start, utt.end, form.channel)
+            if np.ptp(audio) == 0:
+                raise BadAudio(f"silent: its {len(audio)} samples are all the same")
+            samples = convert(audio.mean(1), rate, form.fs, utt.speed)
             outcome.rates[utt.id] = rate
-            yield utt.id, convert(samples, rate, form.fs, utt.speed)
+            if audio.shape[1] > 1:
+                outcome.channels[utt.id] = audio.shape[1]
+            yield utt.id, samples
         except BadAudio as error:
             outcome.dropped[utt.id] = str(error)
 

@@ -149,9 +149,6 @@ def test_inconsistent_and_unsupported_input_is_refused(train, tmp_path):
     with pytest.raises(UserError, match="wav.scp lacks 1 key.*x"):
         format_data(train, tmp_path / "out", Format())
     write_table(train / "text", table)
-    write_table(train / "wav.scp", {utt: f"cat {p} |" for utt, p in scp(train).items()})
-    with pytest.raises(UserError, match="is a command"):
-        format_data(train, tmp_path / "out", Format())
     with pytest.raises(UserError, match="holds other files"):
         format_data(train, train, Format())
 
@@ -175,7 +172,7 @@ def test_finished_is_kept_and_changed_input_is_done_again(train, tmp_path):
 @pytest.mark.parametrize("feats_type", ["raw", "fbank"])
 def test_an_interrupted_run_goes_on(train, tmp_path, monkeypatch, feats_type):
     monkeypatch.setattr(format_module, "CHUNK", 1)
-    read, calls = format_module.read_audio, []
+    read, calls = format_module.read_channels, []
 
     def dying(path, *times):
         if len(calls) == 2:
@@ -183,12 +180,12 @@ def test_an_interrupted_run_goes_on(train, tmp_path, monkeypatch, feats_type):
         calls.append(path)
         return read(path, *times)
 
-    monkeypatch.setattr(format_module, "read_audio", dying)
+    monkeypatch.setattr(format_module, "read_channels", dying)
     with pytest.raises(KeyboardInterrupt):
         format_data(train, tmp_path / "out", Format(feats_type))
     resumed = []
     monkeypatch.setattr(
-        format_module, "read_audio", lambda *a: resumed.append(a[0]) or read(*a)
+        format_module, "read_channels", lambda *a: resumed.append(a[0]) or read(*a)
     )
     format_data(train, tmp_path / "out", Format(feats_type))
     assert len(resumed) == 2 and not set(resumed) & set(calls)
