@@ -167,9 +167,7 @@ def _output_of(command: str) -> bytes:
     return process.stdout
 
 
-def _without_lhotse_s_pipe(
-    command: str, channel: int | None
-) -> tuple[str, int | None]:
+def _without_lhotse_s_pipe(command: str, channel: int | None) -> tuple[str, int | None]:
     """Return the file that a command of `lhotse kaldi export` decodes, and the channel.
 
     libsndfile decodes most of these files itself, faster, and without a program that

@@ -214,7 +214,7 @@ def _load(
     for utt in chunk:
         try:
             audio, rate = read_channels(utt.path, utt.start, utt.end, form.channel)
-            if np.ptp(audio) == 0:
+            if not np.ptp(audio, axis=0).any():
                 raise BadAudio(f"silent: its {len(audio)} samples are all the same")
             samples = convert(audio.mean(1), rate, form.fs, utt.speed)
             outcome.rates[utt.id] = rate

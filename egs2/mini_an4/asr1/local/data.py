@@ -9,10 +9,10 @@ in recordings and in speakers.
 import argparse
 import importlib.util
 import logging
-import re
 import tarfile
 from pathlib import Path
 
+from dldkit.data.an4 import read_transcripts
 from dldkit.data.datadir import write_data_dir
 from dldkit.errors import UserError, report_user_errors
 
@@ -21,7 +21,6 @@ SOURCE = "AN4 (CMU), eight real recordings"
 DEV_SPEAKER = "mwhw"
 # The archive has this recording, but not its line of AN4's an4_train.transcription.
 LEFT_OUT = {"cen7-fash-b": "TWO SIX EIGHT FOUR FOUR ONE EIGHT"}
-SENTENCE = re.compile(r"(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\((\S+)\)")
 
 
 def find_archive() -> Path:
@@ -37,17 +36,6 @@ def find_archive() -> Path:
         if path.is_file():
             return path
     raise UserError(f"the installed espnet lacks {ARCHIVE}: pip install espnet==202611")
-
-
-def read_transcripts(path: Path) -> dict[str, str]:
-    """Return `file id -> words` of AN4's own `<s> WORDS </s> (id)` lines."""
-    transcripts = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        match = SENTENCE.fullmatch(line.strip())
-        if match is None:
-            raise UserError(f"{path}: expected `WORDS (id)`, got {line!r}")
-        transcripts[match[2]] = match[1]
-    return transcripts
 
 
 def prepare(download_dir: Path, data_dir: Path) -> None:

@@ -1,1 +1,0 @@
-../../../librispeech_100/asr1/local/data.py
