@@ -1,0 +1,427 @@
+"""Each corpus in its real layout, made small from real recordings, and spoilt.
+
+What is bad is named: it is dropped and listed, or refused. The rest is used.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import dldkit.data.from_lhotse as from_lhotse_module
+from dldkit.data.datadir import read_table, utterances
+from dldkit.data.format import Format, format_data
+
+RATE = 16000
+WORDS = ["ONE TWO", "THREE", "FOUR FIVE"]
+
+
+@dataclass
+class Layout:
+    """A small corpus; the second of three entries of its training set is spoilt.
+
+    Attributes:
+        audio: the training set's files.
+        transcript: the file with the line of the second.
+        line: that line, and `empty` without its words.
+        ids: the utterances of the training set, by file.
+    """
+
+    variable: str
+    home: Path
+    train: str
+    audio: list[Path]
+    transcript: Path
+    line: str
+    empty: str
+    ids: list[list[str]]
+
+    def replace(self, old: str, new: bytes) -> None:
+        content = self.transcript.read_bytes()
+        assert content.count(old.encode()) == 1
+        self.transcript.write_bytes(content.replace(old.encode(), new))
+
+
+@pytest.fixture(scope="module")
+def speech(an4) -> list[np.ndarray]:
+    """Three real recordings as 16 bit integers."""
+    paths = sorted(read_table(an4 / "train_nodev" / "wav.scp").values())[:3]
+    return [soundfile.read(path, dtype="int16")[0] for path in paths]
+
+
+def write(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:
+    """Write a file of the kind that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".mp3":
+        soundfile.write(path, samples, rate, format="MP3")
+    else:
+        kind = "NIST" if path.suffix == ".sph" else None
+        soundfile.write(path, samples, rate, "PCM_16", format=kind)
+    return path
+
+
+def librispeech(root: Path, speech: list[np.ndarray]) -> Layout:
+    home = root / "LibriSpeech"
+    for number, split in enumerate(
+        "train-clean-100 dev-clean dev-other test-clean test-other".split()
+    ):
+        folder = home / split / str(number) / "7"
+        ids = [f"{number}-7-000{i}" for i in range(3)]
+        files = [write(folder / f"{id_}.flac", s) for id_, s in zip(ids, speech)]
+        lines = [f"{id_} {words}" for id_, words in zip(ids, WORDS)]
+        text = folder / f"{number}-7.trans.txt"
+        text.write_text("\n".join(lines))  # some lack the final newline
+        if split.startswith("train"):
+            train = files, text, lines[1], ids[1], [[id_] for id_ in ids]
+    return Layout("LIBRISPEECH", root, "train_clean_100", *train)
+
+
+def tedlium3(root: Path, speech: list[np.ndarray]) -> Layout:
+    home = root / "TEDLIUM_release-3" / "legacy"
+    for part in ("train", "dev", "test"):
+        talks = [f"{part.title()}Speaker{i}_2014" for i in range(3)]
+        files, ids, stms = [], [], []
+        for talk, samples in zip(talks, speech):
+            files.append(write(home / part / "sph" / f"{talk}.sph", samples))
+            head, label = f"{talk} 1 {talk}", "<o,f0,male>"
+            lines = [
+                f"{head} 0.00 0.05 {label} ignore_time_segment_in_scoring",
+                f"{head} 0.05 0.40 {label} they 're here(2) <sil> {{NOISE}} <unk>",
+                f"{head} 0.40 0.70 {label} it 's",
+            ]
+            stms.append(home / part / "stm" / f"{talk}.stm")
+            stms[-1].parent.mkdir(exist_ok=True)
+            stms[-1].write_text("\n".join(lines) + "\n")
+            ids.append([f"{talk}-0000005-0000040", f"{talk}-0000040-0000070"])
+            if part == "train" and talk == talks[1]:
+                line = lines[2], f"{head} 0.40 0.70 {label}"
+        if part == "train":
+            train = files, stms[1], *line, ids
+    return Layout("TEDLIUM3", root, "train", *train)
+
+
+def an4_corpus(root: Path, speech: list[np.ndarray]) -> Layout:
+    home = root / "an4"
+    # the first in order is the development set
+    for part, folder, speakers in (
+        ("train", "an4_clstk", "aaaa fash mwhw zzzz"),
+        ("test", "an4test_clstk", "fcaw mmxg menk zaaa"),
+    ):
+        names = [f"an{250 + i}-{s}-b" for i, s in enumerate(speakers.split())]
+        files = [
+            write(home / "wav" / folder / s / f"{name}.sph", samples)
+            for s, name, samples in zip(speakers.split(), names, [speech[0], *speech])
+        ]
+        marks = ("<s> ", " </s>") if part == "train" else ("", "")
+        lines = [
+            f"{words.join(marks)} ({name})"
+            for name, words in zip(names, [WORDS[0], *WORDS])
+        ]
+        text = home / "etc" / f"an4_{part}.transcription"
+        text.parent.mkdir(exist_ok=True)
+        text.write_text("\n".join(lines) + "\n")
+        if part == "train":
+            ids = [[f"{s}-an{251 + i}-b"] for i, s in enumerate(speakers.split()[1:])]
+            empty = f"<s> </s> ({names[2]})"
+            train = files[1:], text, lines[2], empty, ids
+    return Layout("AN4", root, "train_nodev", *train)
+
+
+def commonvoice(root: Path, speech: list[np.ndarray]) -> Layout:
+    home = root / "cv-corpus-99.0" / "cy"
+    header = "client_id path sentence up_votes down_votes age gender accents variant"
+    rows: dict[str, list[str]] = {}
+    for part in ("train", "dev", "test"):
+        names = [f"common_voice_cy_{part}{i}" for i in range(3)]
+        values = ["2", "1", "", "", "", ""]
+        files = [write(home / "clips" / f"{n}.mp3", s) for n, s in zip(names, speech)]
+        rows[part] = [
+            "\t".join([f"c{name}", f"{name}.mp3", f"“{words.lower()}” ŵ", *values])
+            for name, words in zip(names, WORDS)
+        ]
+        if part == "train":
+            line = rows[part][1]
+            empty = line.replace("“three” ŵ", "")
+            train = files, home / "validated.tsv", line, empty, [[n] for n in names]
+    rows["validated"] = [*rows["train"], *rows["dev"], *rows["test"]]
+    for name, lines in rows.items():
+        text = "\n".join(["\t".join(header.split()), *lines]) + "\n"
+        (home / f"{name}.tsv").write_text(text, encoding="utf-8")
+    return Layout("COMMONVOICE", root, "train_cy", *train)
+
+
+def aishell(root: Path, speech: list[np.ndarray]) -> Layout:
+    home = root / "data_aishell"
+    lines = []
+    for number, part in enumerate(("train", "dev", "test")):
+        ids = [f"BAC009S000{number}W012{i}" for i in range(3)]
+        files = [
+            write(home / "wav" / part / f"S000{number}" / f"{id_}.wav", samples)
+            for id_, samples in zip(ids, speech)
+        ]
+        lines += [f"{id_} 广州 市 房{i}" for i, id_ in enumerate(ids)]
+        if part == "train":
+            train = files, [[id_] for id_ in ids], lines[1], ids[1]
+    text = home / "transcript" / "aishell_transcript_v0.8.txt"
+    text.parent.mkdir()
+    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files, ids, line, empty = train
+    return Layout("AISHELL", root, "train", files, text, line, empty, ids)
+
+
+CORPORA: dict[str, Callable[[Path, list[np.ndarray]], Layout]] = {
+    "librispeech_100": librispeech,
+    "tedlium3": tedlium3,
+    "an4": an4_corpus,
+    "commonvoice": commonvoice,
+    "aishell": aishell,
+}
+
+
+@pytest.fixture(params=list(CORPORA))
+def corpus(request, recipe, speech, tmp_path, monkeypatch):
+    """A corpus in a directory with spaces and Unicode in its name; stages 1 and 3."""
+    layout = CORPORA[request.param](tmp_path / "my córpus 語料" / "x", speech)
+    monkeypatch.setenv(layout.variable, str(layout.home))
+    module = recipe(request.param)
+    if request.param == "an4":
+        monkeypatch.setattr(module, "DEV", 1)
+    words = ["--data_dir", str(tmp_path / "data"), "--nj", "1"]
+    words += ["--lang", "cy"] if request.param == "commonvoice" else []
+    layout.name, layout.data = request.param, tmp_path / "data"
+    layout.prepare = lambda: module.main(words)
+    layout.format = lambda name, **how: format_data(
+        tmp_path / "data" / name, tmp_path / "dump" / name, Format(**how)
+    )
+    layout.dump = tmp_path / "dump" / layout.train
+    return layout
+
+
+def flat(ids):
+    return sorted(utt for utts in ids for utt in utts)
+
+
+# ---------------------------------------------------------------- what is right
+
+
+def test_a_sound_corpus_comes_out_sample_by_sample(corpus, speech):
+    corpus.prepare()
+    for directory in corpus.data.iterdir():
+        assert utterances(directory)
+    corpus.format(corpus.train)
+    wavs = read_table(corpus.dump / "wav.scp")
+    assert sorted(wavs) == flat(corpus.ids)
+    text = read_table(corpus.dump / "text")
+    for utts, samples, path in zip(corpus.ids, speech, corpus.audio):
+        if corpus.name == "tedlium3":  # padded: 0.15 s before, 0.1 s after, not over
+            first, second = (soundfile.read(wavs[u], dtype="int16")[0] for u in utts)
+            np.testing.assert_array_equal(first, samples[: int(0.4 * RATE)])
+            end = int(0.8 * RATE)
+            np.testing.assert_array_equal(second, samples[int(0.4 * RATE) : end])
+            assert text[utts[0]] == "they're here [NOISE] [unk]"
+            assert text[utts[1]] == "it's"
+        else:
+            truth = samples
+            if path.suffix == ".mp3":
+                truth = soundfile.read(path, dtype="float32")[0]
+                truth = np.clip(np.round(truth * 32768), -32768, 32767)
+            got, rate = soundfile.read(wavs[utts[0]], dtype="int16")
+            assert rate == RATE
+            np.testing.assert_array_equal(got, truth)
+    texts = {
+        "librispeech_100": WORDS,
+        "an4": WORDS,
+        "commonvoice": [f"“{words}” Ŵ" for words in WORDS],
+        "aishell": ["广州市房0", "广州市房1", "广州市房2"],
+    }
+    if corpus.name in texts:
+        assert [text[utts[0]] for utts in corpus.ids] == texts[corpus.name]
+
+
+def test_sets_are_espnet_s(corpus):
+    corpus.prepare()
+    sizes = {path.name: len(utterances(path)) for path in corpus.data.iterdir()}
+    three = dict.fromkeys
+    assert (
+        sizes
+        == {
+            "librispeech_100": {
+                "train_clean_100": 3,
+                **three("dev_clean dev_other test_clean test_other".split(), 3),
+                "dev": 6,
+            },
+            "tedlium3": three(["train", "dev", "test"], 6),
+            "an4": {"train_nodev": 3, "train_dev": 1, "test": 4},
+            "commonvoice": three(["train_cy", "dev_cy", "test_cy"], 3),
+            "aishell": three(["train", "dev", "test"], 3),
+        }[corpus.name]
+    )
+
+
+# ---------------------------------------------------------------- what is not
+
+
+def truncate(corpus, path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 6 // 10])
+
+
+def double(corpus, path):
+    if corpus.name == "tedlium3":  # whose lines have no ids: another text, same times
+        other = corpus.line.replace("it 's", "it was")
+        corpus.transcript.write_text(f"{corpus.transcript.read_text()}{other}\n")
+    else:
+        corpus.replace(corpus.line, f"{corpus.line}\n{corpus.line}".encode())
+
+
+def same_file_twice(corpus, path):
+    copy = path.parent.with_name(path.parent.name + "_copy") / path.name
+    if corpus.name in ("tedlium3", "commonvoice"):  # which have one folder for all
+        pytest.skip("two files can not have one name")
+    write(copy, soundfile.read(path, dtype="int16")[0])
+
+
+NOISE = np.random.default_rng(0).integers(-3000, 3000, RATE).astype(np.int16)
+# what is done, what is expected, and by corpus what else: `kept`, `listed REASON` of
+# stage 1 or 3, or `refused MESSAGE`
+DEFECTS: dict[str, tuple[Callable, str, dict[str, str]]] = {
+    "truncated": (truncate, "listed truncated|unreadable", {}),
+    "empty file": (lambda c, p: p.write_bytes(b""), "listed unreadable", {}),
+    "no audio file": (
+        lambda c, p: p.write_text("<html>404</html>" * 99),
+        "listed unreadable|no samples",
+        {},
+    ),
+    "zero length": (
+        lambda c, p: write(p, NOISE[:0]),
+        "listed no samples|unreadable",
+        {},
+    ),
+    "silent": (lambda c, p: write(p, NOISE * 0), "listed silent: its", {}),
+    "missing transcript": (
+        lambda c, p: c.replace(c.line + "\n", b""),
+        "listed no transcript",
+        # clips that are in no table are usual there, and talks need no further line
+        {"commonvoice": "gone", "tedlium3": "gone"},
+    ),
+    "empty transcript": (
+        lambda c, p: c.replace(c.line, c.empty.encode()),
+        "listed empty transcript",
+        {},
+    ),
+    "transcript without audio": (
+        lambda c, p: p.unlink(),
+        "listed no audio",
+        {"tedlium3": "refused TrainSpeaker1_2014"},
+    ),
+    "duplicate id": (
+        double,
+        "refused {id} is there twice: line .* and line",
+        {"tedlium3": "refused two texts for {id}"},
+    ),
+    "two files of one name": (same_file_twice, "refused {stem} is there twice", {}),
+    "not UTF-8": (
+        lambda c, p: c.replace(c.line, c.line.encode() + " é".encode("latin1")),
+        "refused {transcript}, line [0-9]+: it is not UTF-8",
+        {},
+    ),
+    "another rate": (
+        lambda c, p: write(p, NOISE, 8000),
+        "kept 1 utterance.s. resampled from 8000 Hz to 16000 Hz",
+        {"tedlium3": "kept 2 utterance.s. resampled from 8000 Hz to 16000 Hz"},
+    ),
+    "stereo": (
+        lambda c, p: write(p, np.stack([NOISE, NOISE[::-1]], 1)),
+        "kept 1 utterance.s. with 2 channels, mixed to one",
+        {"tedlium3": "kept 2 utterance.s. with 2 channels, mixed to one"},
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", list(DEFECTS))
+def test_bad_data_is_named_and_survived(corpus, defect, caplog, capsys):
+    caplog.set_level("INFO")
+    spoil, usual, others = DEFECTS[defect]
+    kind, _, pattern = others.get(corpus.name, usual).partition(" ")
+    spoil(corpus, corpus.audio[1])
+    victims = corpus.ids[1]
+    if corpus.name == "tedlium3" and "transcript" in defect:
+        victims = victims[1:]  # the line of one segment
+    pattern = pattern.format(
+        id=re.escape(corpus.audio[1].stem if kind == "refused" else victims[0]),
+        stem=re.escape(corpus.audio[1].stem),
+        transcript=re.escape(str(corpus.transcript)),
+    )
+    if kind == "refused":
+        with pytest.raises(SystemExit):
+            corpus.prepare()
+        assert re.search(f"error: .*{pattern}", capsys.readouterr().err)
+        return
+    corpus.prepare()
+    corpus.format(corpus.train)
+    kept = sorted(read_table(corpus.dump / "wav.scp"))
+    assert sorted(read_table(corpus.dump / "text")) == kept
+    if kind == "kept":
+        assert kept == flat(corpus.ids)
+        assert re.search(pattern, caplog.text)
+        return
+    assert kept == sorted(set(flat(corpus.ids)) - set(victims))
+    lists = [corpus.data / corpus.train / "dropped.txt", corpus.dump / "dropped.txt"]
+    listed = {k: v for path in lists for k, v in read_table(path).items()}
+    if kind == "listed":
+        for victim in victims:
+            keys = [victim, corpus.audio[1].stem]
+            reason = next(listed[key] for key in keys if key in listed)
+            assert re.search(pattern, reason)
+        assert f"dropped {len(victims)} of" in caplog.text
+
+
+def test_an_interrupted_preparation_is_done_again_and_a_finished_one_kept(
+    corpus, monkeypatch
+):
+    def dying(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(from_lhotse_module, "write_data_dir", dying)
+        with pytest.raises(KeyboardInterrupt):
+            corpus.prepare()
+    corpus.prepare()
+    text = corpus.data / corpus.train / "text"
+    assert utterances(text.parent) == flat(corpus.ids)
+    before = text.stat().st_mtime_ns
+    corpus.prepare()
+    assert text.stat().st_mtime_ns == before
+    corpus.replace(corpus.line, corpus.empty.encode())
+    corpus.prepare()
+    assert text.stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("variable", ["", "/nowhere/at/all"])
+def test_a_missing_corpus_says_what_to_set(corpus, variable, monkeypatch, capsys):
+    monkeypatch.setenv(corpus.variable, variable)
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no way there")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(SystemExit):
+        corpus.prepare()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and corpus.variable in said
+
+
+def test_a_line_that_is_there_twice_is_used_once(recipe, speech, tmp_path, monkeypatch):
+    layout = tedlium3(tmp_path, speech)
+    layout.replace(layout.line, f"{layout.line}\n{layout.line}".encode())
+    monkeypatch.setenv("TEDLIUM3", str(tmp_path))
+    recipe("tedlium3").main(["--data_dir", str(tmp_path / "data")])
+    assert utterances(tmp_path / "data" / "train") == flat(layout.ids)
+    dropped = read_table(tmp_path / "data" / "train" / "dropped.txt")
+    twice = f"the same line as {layout.ids[1][1]}"
+    assert dropped.pop("TrainSpeaker1_2014-3") == twice
+    assert set(dropped.values()) == {"ignore_time_segment_in_scoring"}
