@@ -75,6 +75,8 @@ PULLED = ("dld_paper", "dld", "nested", "anytime")  # to a reference
 def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeypatch):
     from dldkit.bin import asr_train, merge_config
 
+    if (config.stem, system.stem) == ("train_asr_e_branchformer", "stochastic_depth"):
+        pytest.skip("ESPnet's E-Branchformer has no stochastic depth")
     monkeypatch.chdir(tmp_path)
     parts = [config, system]
     own = config.parent / "systems" / system.name
