@@ -13,6 +13,7 @@ from lhotse.kaldi import export_to_kaldi
 
 from dldkit.bin.format_data import main as format_main
 from dldkit.data.audio import BadAudio, read_audio
+from dldkit.data.corpus import describe
 from dldkit.data.datadir import read_table, utterances
 from dldkit.data.format import Format, format_data
 from dldkit.data.from_lhotse import from_lhotse
@@ -137,7 +138,7 @@ def test_an_export_of_lhotse_is_read(samples, tmp_path, suffix):
     path = folder / f"talk.{suffix}"
     write = dict(format="NIST") if suffix == "sph" else {}
     soundfile.write(path, samples, 16000, subtype="PCM_16", **write)
-    talk = Recording.from_file(path)
+    talk = describe(path)  # lhotse itself needs sph2pipe for SPHERE
     utts = [supervision("a", talk, 0.25, 0.5), supervision("b", talk, 1.0, 0.5)]
     export_to_kaldi(
         RecordingSet.from_recordings([talk]),
