@@ -285,7 +285,7 @@ def test_a_recipe_of_one_s_own_runs(own_recipe):
     sizes = " ".join(f"--encoder_conf {size}" for size in sizes)
     words = ["--asr_tag", "tiny", "--skip_packing", "true", "--skip_upload", "true"]
     words += ["--system", "static", "--inference_depths", "2", "--rtf_utts", 0]
-    words += ["--asr_args", f"--max_epoch 1 --num_workers 0 {sizes}"]
+    words += ["--asr_args", f"--max_epoch 1 --num_workers 0 --accum_grad 1 {sizes}"]
     text = shell(
         "./run.sh", *words, "--nj", 1, "--inference_nj", 1, cwd=recipe, env=env
     )
