@@ -116,8 +116,9 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
             "normalize": bool(normalize),
         }
         self.source = (model, config)
-        self.model = family.load(*self.source) if self.is_pretrained else None
-        if self.model is None:
+        if self.is_pretrained:
+            self.model = family.load(*self.source)
+        else:
             self.model = family.build(config)
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable()
@@ -137,6 +138,11 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
         if freeze_steps:
             # Not an integer: ESPnet's averaging of checkpoints would add them up.
             self.register_buffer("steps_done", torch.zeros(()))
+
+    @property
+    def masking(self) -> torch.nn.Module:
+        """What masks the CNN's features in training."""
+        return self.family.masking
 
     def output_size(self) -> int:
         """Return the dimension of the output."""

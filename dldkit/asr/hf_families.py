@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from dldkit.asr.hf_encoder import RATE
 from dldkit.depth.layers import GatedModuleList
 from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
@@ -27,9 +28,14 @@ from dldkit.sfm.pretrained import (
     load_pretrained,
     load_whisper_encoder,
 )
-from dldkit.sfm.wave import cnn_features, frame_lengths, frame_mask, normalize_speech
+from dldkit.sfm.wave import (
+    cnn_features,
+    frame_lengths,
+    frame_mask,
+    normalize_speech,
+    projected_features,
+)
 
-RATE = 16000
 WAVE_MODELS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
 # Of config.json: where it came from, and in which precision it was stored.
 NOT_SAVED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -214,9 +220,7 @@ class WaveFamily(torch.nn.Module):
         self, model: PreTrainedModel, features: torch.Tensor, lengths: torch.Tensor
     ) -> Flow:
         """Return what enters the first layer."""
-        hidden = model.feature_projection(features)
-        if isinstance(hidden, tuple):  # wav2vec2 and WavLM return the input as well
-            hidden = hidden[0]
+        hidden = projected_features(model, features)
         frames = hidden.size(1)
         valid = frame_mask(lengths, frames)
         hidden = self.masking(

@@ -223,8 +223,7 @@ class DLDModel(ESPnetASRModel):
         masks = ExitStack()
         if number > 1 and self.specaug_masks == "shared":
             # transformers' encoders mask what their CNN gives
-            inside = getattr(getattr(self.encoder, "family", None), "masking", None)
-            for module in (self.specaug, inside):
+            for module in (self.specaug, getattr(self.encoder, "masking", None)):
                 if module is not None:
                     masks.enter_context(repeated_draws(module))
         return masks

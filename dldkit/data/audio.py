@@ -167,6 +167,7 @@ def _output_of(command: str) -> bytes:
     return process.stdout
 
 
+@functools.lru_cache(maxsize=1)  # it opens the file
 def _without_lhotse_s_pipe(command: str, channel: int | None) -> tuple[str, int | None]:
     """Return the file that a command of `lhotse kaldi export` decodes, and the channel.
 

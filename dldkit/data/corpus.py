@@ -22,7 +22,7 @@ from dldkit.patches import patched
 from dldkit.step import Step
 
 if TYPE_CHECKING:  # importing lhotse takes seconds
-    from lhotse import Recording
+    from lhotse import Recording, SupervisionSegment
 
 PathLike = str | Path
 
@@ -247,6 +247,20 @@ def describe(
         sampling_rate=rate,
         num_samples=length,
         duration=length / rate,
+    )
+
+
+def whole(recording: "Recording", text: str, speaker: str) -> "SupervisionSegment":
+    """Return the utterance that a recording is, from its beginning to its end."""
+    from lhotse import SupervisionSegment
+
+    return SupervisionSegment(
+        id=recording.id,
+        recording_id=recording.id,
+        start=0.0,
+        duration=recording.duration,
+        text=text,
+        speaker=speaker,
     )
 
 

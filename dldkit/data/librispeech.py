@@ -53,13 +53,6 @@ def find_librispeech(splits: Sequence[str], download_dir: str, url: str = URL) -
         return download_librispeech(target, splits, base_url=base).absolute()
 
 
-def set_name(splits: Sequence[str]) -> str:
-    """Return the name of the data directory of some splits together."""
-    if len(splits) == 1:
-        return splits[0].replace("-", "_")
-    return {TRAIN: "train_960", DEV: "dev"}.get(tuple(splits), "_".join(splits))
-
-
 def prepare(
     sets: dict[str, Sequence[str]], corpus: Path, data_dir: Path, nj: int
 ) -> None:
@@ -119,9 +112,7 @@ def _prepare(
 def _manifests(prepare_librispeech, corpus: Path, splits: Sequence[str], nj: int):
     try:
         return prepare_librispeech(corpus, dataset_parts=splits, num_jobs=nj)
-    except (
-        AssertionError
-    ) as error:  # lhotse's word for a split of which nothing is left
+    except AssertionError as error:  # lhotse's word for nothing that is left
         logging.debug(error)
         where = ", ".join(str(corpus / split) for split in splits)
         raise UserError(

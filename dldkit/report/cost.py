@@ -1,6 +1,8 @@
 """What recognition costs: parameters in use, MACs per second, real-time factor."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence, Union
@@ -42,6 +44,14 @@ def parameters_in_use(model: AbsESPnetModel) -> int:
     return sum(p.numel() for p in used)
 
 
+@contextmanager
+def _counted() -> Iterator[FlopCounterMode]:
+    """Count the floating-point operations of what runs in this context."""
+    # the counter does not know the CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
 @torch.no_grad()
 def macs(model: AbsESPnetModel, speech: np.ndarray) -> int:
     """Count the multiply-accumulates of one utterance, from the input to CTC.
@@ -58,10 +68,8 @@ def macs(model: AbsESPnetModel, speech: np.ndarray) -> int:
     parameter = next(model.parameters())
     batch = torch.as_tensor(speech, dtype=parameter.dtype, device=parameter.device)
     lengths = torch.tensor([len(batch)], device=parameter.device)
-    counter = FlopCounterMode(display=False)
     try:
-        # the counter does not know the CPU's fused attention
-        with sdpa_kernel(SDPBackend.MATH), counter:
+        with _counted() as counter:
             encoded, _ = model.encode(batch[None], lengths)
             if isinstance(encoded, tuple):  # with intermediate CTC outputs
                 encoded = encoded[0]
@@ -89,8 +97,7 @@ def macs_of_stopping(
     """
     found = {}
     for depth in set(depths):
-        counter = FlopCounterMode(display=False)
-        with recogniser.running(depth), sdpa_kernel(SDPBackend.MATH), counter:
+        with recogniser.running(depth), _counted() as counter:
             recogniser(speech, exit_threshold=0.0)
         found[depth] = counter.get_total_flops() // 2
     return sum(found[depth] for depth in depths) / len(depths)

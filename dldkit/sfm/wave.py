@@ -39,6 +39,14 @@ def cnn_features(model: PreTrainedModel, speech: torch.Tensor) -> torch.Tensor:
     return model.feature_extractor(speech).transpose(1, 2)
 
 
+def projected_features(model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
+    """Return the CNN's features in the width of the layers: (Batch, Time, Dim)."""
+    projected = model.feature_projection(features)
+    if isinstance(projected, tuple):  # wav2vec2 and WavLM return the input as well
+        return projected[0]
+    return projected
+
+
 def hidden_states(
     model: PreTrainedModel, features: torch.Tensor, lengths: torch.Tensor
 ) -> list[torch.Tensor]:
@@ -52,9 +60,7 @@ def hidden_states(
         features: (Batch, Time, Channels), see `cnn_features`.
         lengths: valid frames (Batch,).
     """
-    projected = model.feature_projection(features)
-    if isinstance(projected, tuple):  # wav2vec2 and WavLM return the input as well
-        projected = projected[0]
+    projected = projected_features(model, features)
     mask = None
     if int(lengths.min()) < features.size(1):
         mask = frame_mask(lengths, features.size(1))

@@ -14,6 +14,7 @@ from dldkit.data.corpus import (
     preparation,
     stems,
     unpack,
+    whole,
 )
 from dldkit.data.from_lhotse import from_lhotse
 from dldkit.errors import UserError, report_user_errors
@@ -56,8 +57,6 @@ def prepare(corpus: Path, data_dir: Path) -> None:
     Raises:
         UserError: a transcript is malformed, or a set would be empty.
     """
-    from lhotse import SupervisionSegment
-
     for part, folder in PARTS.items():
         path = corpus / "etc" / f"an4_{part}.transcription"
         audio = stems((corpus / "wav" / folder).rglob("*.sph"))
@@ -80,13 +79,8 @@ def prepare(corpus: Path, data_dir: Path) -> None:
                     continue
                 recordings = [describe(audio[ids[utt]], utt) for utt in utts]
                 supervisions = [
-                    SupervisionSegment(
-                        id=recording.id,
-                        recording_id=recording.id,
-                        start=0.0,
-                        duration=recording.duration,
-                        text=said[ids[recording.id]],
-                        speaker=recording.id.split("-")[0],
+                    whole(
+                        recording, said[ids[recording.id]], recording.id.split("-")[0]
                     )
                     for recording in recordings
                 ]

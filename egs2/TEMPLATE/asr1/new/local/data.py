@@ -3,7 +3,14 @@
 
 from pathlib import Path
 
-from dldkit.data.corpus import compare, corpus_parser, describe, find_corpus, stems
+from dldkit.data.corpus import (
+    compare,
+    corpus_parser,
+    describe,
+    find_corpus,
+    stems,
+    whole,
+)
 from dldkit.data.datadir import read_table
 from dldkit.data.from_lhotse import from_lhotse
 from dldkit.errors import UserError, report_user_errors
@@ -16,22 +23,13 @@ AUDIO = (".wav", ".flac", ".sph", ".mp3", ".ogg")
 
 def prepare(corpus: Path, data_dir: Path) -> None:
     """Write a data directory for each set: the part to rewrite for another layout."""
-    from lhotse import SupervisionSegment
-
     for name in SETS:
         said = read_table(corpus / name / "text", allow_empty=True)
         files = (corpus / name).rglob("*")
         audio = stems(file for file in files if file.suffix.lower() in AUDIO)
         recordings = [describe(audio[utt], utt) for utt in said if utt in audio]
         supervisions = [
-            SupervisionSegment(
-                id=recording.id,
-                recording_id=recording.id,
-                start=0.0,
-                duration=recording.duration,
-                text=said[recording.id],
-                speaker=recording.id.split("-")[0],
-            )
+            whole(recording, said[recording.id], recording.id.split("-")[0])
             for recording in recordings
         ]
         dropped = compare(dict.fromkeys(said, "a line of text"), audio)
