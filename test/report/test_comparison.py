@@ -151,6 +151,17 @@ class TestTables:
         assert rows["dld", 4][0] == "**-30.00 [-30.00, -30.00]**"
         assert rows["dld", 4][1].startswith("+0.00 [")
 
+    def test_leave_out_models_that_lack_a_seed(self):
+        """The best of models with one seed each would be best by chance."""
+        both = [run_of(s, seed) for s in ("static12", "ours") for seed in (1, 2)]
+        lucky = run_of("static6", errors={"6": [0, 0, 0, 0]})
+        systems = ["static12", "static6", "ours"]
+        budgets = {"steps": dict.fromkeys(systems, 8)}
+        text = tables([*both, lucky], systems, budgets)
+        assert "(static6)" not in text
+        again = run_of("static6", 2, errors={"6": [0, 0, 0, 0]})
+        assert "(static6)" in tables([*both, lucky, again], systems, budgets)
+
     def test_take_the_epochs_of_the_budget(self):
         budgets = {"arithmetic": {"static12": 8, "static6": 13}}
         text = tables(self.runs(), ["static12", "static6"], budgets)
