@@ -115,9 +115,13 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
         model.encoder.set_depth(depth)
         found[str(depth)] = macs(model, silence) // 10
     conf = {part: getattr(train_args, part) for part in ("encoder_conf", "model_conf")}
+    # no path of this machine
     reference = conf["model_conf"].get("reference")
-    if reference not in (None, "self"):  # no path of this machine
+    if reference not in (None, "self"):
         conf["model_conf"]["reference"] = os.path.relpath(reference, exp.parent)
+    pretrained = conf["encoder_conf"].get("model")
+    if pretrained and os.path.isabs(pretrained):
+        conf["encoder_conf"]["model"] = os.path.basename(pretrained)
     return Run(
         system=name,
         seed=seed,

@@ -25,6 +25,7 @@ epochs=8  # of the deepest static model, and of all others where --budgets says 
 budgets="steps arithmetic"  # steps: as many epochs for all; arithmetic: as many as cost the same
 depths="12 10 8 6 4 2"  # depths to decode the systems of variable depth at
 jobs=2  # trainings at a time, each on one thread
+dumpdir=dump  # directory for formatted data
 expdir=exp/compare  # directory of all runs
 results=results  # directory of one small file per run
 run_opts=  # more options of run.sh for every run, e.g. "--test_sets test"
@@ -63,7 +64,7 @@ run_recipe() { # run_recipe SYSTEM EPOCHS SEED [options of run.sh]...
             ;;
     esac
     eval "set -- ${run_opts} $(printf '%q ' "$@")"
-    ./run.sh --expdir "${expdir}" --ngpu 0 --num_threads 1 --nj 1 --inference_nj 1 \
+    ./run.sh --dumpdir "${dumpdir}" --expdir "${expdir}" --ngpu 0 --num_threads 1 --nj 1 --inference_nj 1 \
         --exit_thresholds none \
         --seed "${seed}" --asr_tag "${system}_e${run_epochs}_seed${seed}" \
         --asr_config "${asr_config}" --inference_tag compared "${options[@]}" "$@"
@@ -93,7 +94,7 @@ one_run() { # one_run SYSTEM EPOCHS SEED
         begin_with_shorter "$@" &&
             run_recipe "$@" --stage 6 --stop_stage 12 --skip_stages 8 &&
             compare record --exp "${expdir}/asr_${name}" --inference_tag compared \
-                --name "$1" --seed "$3" --data_root dump/raw --output "${file}"
+                --name "$1" --seed "$3" --data_root "${dumpdir}/raw" --output "${file}"
     } >>"${expdir}/log/${name}.log" 2>&1 ||
         die "${name} failed: see ${expdir}/log/${name}.log"
     log "${name}: done, ${file}"
@@ -119,7 +120,7 @@ run_all() { # run_all SYSTEM...: what is missing of them, ${jobs} runs at a time
         xargs -r -P "${jobs}" -L 1 bash -c 'set -euo pipefail; one_run "$@"' _
 }
 export -f run_recipe begin_with_shorter one_run file_of compare log die
-export asr_config depths deepest epochs expdir results run_opts
+export asr_config depths deepest dumpdir epochs expdir results run_opts
 mkdir -p "${expdir}/log" "${results}"
 
 if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
