@@ -65,6 +65,23 @@ def options(script):
 # ---------------------------------------------------------------- configs
 
 
+def write_pretrained(directory, kind, layers):
+    """A small speech encoder with random weights, as transformers saves it."""
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {**TINY_STUDENT, "num_hidden_layers": layers}
+    if kind == "whisper":
+        sizes = dict(d_model=16, encoder_attention_heads=2, encoder_ffn_dim=32)
+        sizes |= dict(decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32)
+        sizes |= dict(encoder_layers=layers)
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(
+        directory
+    )
+    return directory
+
+
+PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
 PULLED = ("dld_paper", "dld", "nested", "anytime")  # to a reference
 
 
@@ -75,8 +92,11 @@ PULLED = ("dld_paper", "dld", "nested", "anytime")  # to a reference
 def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeypatch):
     from dldkit.bin import asr_train, merge_config
 
-    if (config.stem, system.stem) == ("train_asr_e_branchformer", "stochastic_depth"):
-        pytest.skip("ESPnet's E-Branchformer has no stochastic depth")
+    kind = PRETRAINED.get(config.stem)
+    if system.stem == "stochastic_depth" and (
+        kind or config.stem == "train_asr_e_branchformer"
+    ):
+        pytest.skip("neither ESPnet's E-Branchformer nor ld_hf has stochastic depth")
     monkeypatch.chdir(tmp_path)
     parts = [config, system]
     own = config.parent / "systems" / system.name
@@ -85,6 +105,10 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     parts = [str(part) for part in parts]
     if system.stem in PULLED:
         parts.append("model_conf.reference=exp/asr_static")
+    if kind:
+        layers = yaml.safe_load(config.read_text())["encoder_conf"]["num_blocks"]
+        write_pretrained("pretrained", kind, layers)
+        parts.append("encoder_conf.model=pretrained")
     merge_config.main(parts)
     merged = capsys.readouterr().out
     Path("train.yaml").write_text(merged)
@@ -114,6 +138,15 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     )
     assert built["unused_parameters"] is True and built["num_att_plot"] == 0
     assert built["best_model_criterion"][0] == ["valid", "loss_ctc", "min"]
+
+
+def test_anytime_each_is_anytime_with_more_exits():
+    name = "anytime{}.yaml"
+    shared = yaml.safe_load((ROOT / "conf/systems" / name.format("")).read_text())
+    own = ROOT / "egs2/digits/asr1/conf/systems" / name.format("_each")
+    shared["encoder_conf"]["exits"] = 1
+    del shared["specaug_conf"]  # of no use to waveforms
+    assert yaml.safe_load(own.read_text()) == shared
 
 
 # ---------------------------------------------------------------- shell

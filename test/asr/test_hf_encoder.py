@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dldkit.sfm.wave import normalize_speech
 
 dldkit.register()
 
+ROOT = Path(__file__).resolve().parents[2]
 WAVE: dict[str, Any] = dict(
     hidden_size=16,
     num_hidden_layers=3,
@@ -709,6 +711,48 @@ def test_a_zip_decodes_where_nothing_else_is(
     found = json.loads(process.stdout.splitlines()[-1])
     assert found == pytest.approx(expected, rel=1e-4)
     assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
+@pytest.mark.integration
+def test_the_wavlm_setting_of_the_paper_trains(saved, corpus, tmp_path):
+    """Two optimiser steps of each system; the reference is the static model."""
+    from omegaconf import OmegaConf
+
+    from dldkit.bin.asr_train import main
+    from dldkit.bin.merge_config import merge_files
+
+    model, path = saved("wavlm", num_hidden_layers=12)
+    config = ROOT / "egs2/librispeech_100/asr1/conf/train_asr_wavlm.yaml"
+    for system in ("static", "rd", "dld_paper", "anytime"):
+        merged = merge_files([config, ROOT / "conf" / "systems" / f"{system}.yaml"])
+        is_pulled = bool(OmegaConf.missing_keys(merged))
+        if is_pulled:
+            merged.model_conf.reference = str(tmp_path / "static")
+        changes = dict(
+            encoder_conf=dict(model=str(path)),
+            frontend_conf=dict(fs=16000),  # what asr.sh gives
+            token_type="word",
+            batch_type="unsorted",
+            batch_size=3,
+            num_iters_per_epoch=2 * merged.accum_grad,
+            max_epoch=1,
+            num_workers=0,
+        )
+        trained = OmegaConf.to_container(OmegaConf.merge(merged, changes))
+        main(replace(corpus, config=trained).training(tmp_path / system))
+
+        states = torch.load(tmp_path / system / "checkpoint.pth", weights_only=False)
+        assert states["optimizers"][0]["state"][0]["step"] == 2
+        stats = states["reporter"]["stats"][1]["train"]
+        assert np.isfinite(stats["loss"]) and ("loss_kd" in stats) == is_pulled
+        assert 0 < stats["loss_kd"] if is_pulled else True
+        assert 1 <= stats.get("depth", 12) <= 12
+        begun = {f"encoder.model.{k}": v for k, v in model.state_dict().items()}
+        kept = {k for k in begun if torch.equal(begun[k], states["model"][k])}
+        cnn = {k for k in begun if "feature_extractor" in k}
+        assert cnn and cnn <= kept
+        if system == "static":
+            assert kept == cnn | {"encoder.model.masked_spec_embed"} & kept
 
 
 def test_the_config_of_an_experiment_is_no_new_training(saved, build_hf, tmp_path):
