@@ -607,6 +607,40 @@ def test_a_published_model_is_what_a_training_starts_from(an4, tmp_path):
     assert again.count("is finished already, kept") >= 2
 
 
+@pytest.mark.slow
+def test_all_stages_with_a_pretrained_encoder(an4, tmp_path):
+    """With a reference, and then from that reference; the pretrained model is gone."""
+    config = ROOT / "egs2/librispeech_100/asr1/conf/train_asr_wavlm.yaml"
+    small = yaml.safe_load(config.read_text())
+    pretrained = write_pretrained(tmp_path / "pretrained", "wavlm", 4)
+    small["encoder_conf"] |= dict(model=str(pretrained), num_blocks=4)
+    small |= dict(batch_type="sorted", batch_size=2, max_epoch=2, num_workers=0)
+    (tmp_path / "train_asr_wavlm.yaml").write_text(yaml.safe_dump(small))
+    exp = tmp_path / "exp"
+    words = ["--expdir", exp, "--stop_stage", 13, "--feats_normalize", "none"]
+    words += ["--asr_config", tmp_path / "train_asr_wavlm.yaml"]
+    words += ["--inference_depths", "4 2 1"]
+
+    def depths_of(name):
+        results = json.loads((exp / name / "results.json").read_text())["results"]
+        return {r["depth"] for r in results if f"asr_{r['system']}" == name}
+
+    text = an4.run(*words)
+    for stage in range(3, 14):
+        assert f"Stage {stage}: " in text
+    anytime = "asr_anytime_wavlm_raw_char"
+    assert depths_of(anytime) == {4, 2, 1}
+    shutil.rmtree(pretrained)
+    static = exp / "asr_static_wavlm_raw_char"
+    words += ["--stage", 5, "--start_from", static, "--asr_tag", "started"]
+    an4.run(*words)
+    config = yaml.safe_load((exp / "asr_started" / "config.yaml").read_text())
+    assert config["encoder"] == "ld_hf" and config["encoder_conf"]["exits"] == 2
+    checkpoint = exp / "asr_from_static_wavlm_raw_char" / "valid.loss_ctc.ave.pth"
+    assert config["init_param"] == [str(checkpoint)]
+    assert depths_of("asr_started") == {4, 2, 1}
+
+
 def test_run_sh_of_an_experiment_goes_on_with_its_training(an4):
     shell(an4.student / "run.sh", "--max_epoch", "3", cwd="/")
     assert (an4.student / "3epoch.pth").exists()

@@ -32,7 +32,7 @@ from dldkit.step import Step, atomic
 
 dldkit.register()
 
-ENCODERS = ("conformer", "transformer", "branchformer", "e_branchformer")
+ENCODERS = ("conformer", "transformer", "branchformer", "e_branchformer", "ld_hf")
 TOKEN_TYPES = ("bpe", "char", "word")
 # What a model is; the other keys of a config say how it is trained.
 ARCHITECTURE = "token_type token_list bpemodel non_linguistic_symbols cleaner g2p"
@@ -108,7 +108,7 @@ def refuse_unfit(model: str, config: Mapping[str, Any]) -> None:
     model_conf = config.get("model_conf") or {}
     encoder, kind = str(config.get("encoder")), config.get("model") or "espnet"
     why = None
-    if encoder.removeprefix("ld_") not in ENCODERS:
+    if not {encoder, encoder.removeprefix("ld_")} & set(ENCODERS):
         why = f"its encoder is {encoder}; choose a model with one of "
         why += ", ".join(ENCODERS)
     elif config.get("decoder") == "transducer":
@@ -136,6 +136,8 @@ def refuse_other_features(
 ) -> None:
     """Raise a UserError if the recipe's features are not what the model takes."""
     size = config.get("input_size")
+    if config.get("encoder") == "ld_hf":
+        size = None  # audio, of one dimension as ESPnet says
     if (size is None) != (feats_type == "raw"):
         takes = "audio" if size is None else f"features of {size} dimensions"
         raise UserError(
@@ -155,13 +157,13 @@ def refuse_other_features(
 def converted(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of the same model with an encoder of run-time depth."""
     config = copy.deepcopy(dict(config))
-    name = str(config["encoder"]).removeprefix("ld_")
+    name = "ld_" + str(config["encoder"]).removeprefix("ld_")
     defaults = inspect.signature(encoder_choices.get_class(name)).parameters
     options = {"num_blocks": defaults["num_blocks"].default}
     options |= _without(config.get("encoder_conf"), LayerDropEncoder)
     # it does nothing in ESPnet's encoders, and ours refuse it
     options.pop("layer_drop_rate", None)
-    config["encoder"] = f"ld_{name}"
+    config["encoder"] = name
     config["encoder_conf"] = {**options, "depth_sampler": "full"}
     return config
 

@@ -177,6 +177,46 @@ def test_all_four_encoders(build, encoder_name, encoder_sizes, batch, tmp_path):
     assert torch.equal(encoded, expected)
 
 
+def test_a_pretrained_encoder_that_was_fine_tuned(build, batch, tmp_path):
+    """The student needs no pretrained model any more."""
+    from transformers import HubertConfig, HubertModel
+
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
+    sizes |= dict(intermediate_size=32, conv_dim=[8] * 7)
+    sizes |= dict(num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
+    HubertModel(HubertConfig(**sizes)).save_pretrained(tmp_path / "hubert")
+    waves = dict(input_size=1, specaug=None, frontend_conf=dict(fs=16000))
+    espnets = "output_size attention_heads dropout_rate num_blocks".split()
+    conf = {**dict.fromkeys((*CONFORMER, *espnets)), "layer_weights": "weighted_sum"}
+    conf |= dict(model=str(tmp_path / "hubert"), depth_sampler="full")
+    exp = tmp_path / "asr_static"
+    model = build(directory=exp, encoder="ld_hf", encoder_conf=conf, **waves)
+    shutil.rmtree(tmp_path / "hubert")
+    with opened(str(exp)) as (config, _):
+        refuse_unfit("it", config)
+        refuse_other_features("it", config, "raw", 16000, 80)
+        with pytest.raises(UserError, match="it takes audio, and --feats_type is fb"):
+            refuse_other_features("it", config, "fbank", 16000, 1)
+        student = student_config(RECIPE, config)
+    assert student["encoder"] == "ld_hf" and student["input_size"] == 1
+    assert student["encoder_conf"]["layer_weights"] == "weighted_sum"
+    assert student["encoder_conf"]["num_blocks"] == 3
+    nested = dict(depth_sampler="uniform", layer_choice="prefix", exits=1)
+    none = {name: conf.get(name) for name in (*CONFORMER, *espnets)}
+    ours = build(
+        encoder="ld_hf",
+        encoder_conf={**none, **student["encoder_conf"], **nested},
+        model="dld",
+        seed=1,
+        **waves,
+    )
+    ours.load_state_dict(model.state_dict())
+    speech = {k: v for k, v in batch("a", "b").items() if k.startswith("speech")}
+    with torch.no_grad():
+        expected, _ = model.eval().encode(**speech)
+        assert torch.equal(ours.eval().encode(**speech)[0], expected)
+
+
 CONFIG = dict(
     token_type="bpe",
     token_list=["<blank>", "<unk>", "a", "<sos/eos>"],
