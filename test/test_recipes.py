@@ -628,15 +628,17 @@ def test_all_stages_with_a_pretrained_encoder(an4, tmp_path):
     text = an4.run(*words)
     for stage in range(3, 14):
         assert f"Stage {stage}: " in text
-    anytime = "asr_anytime_wavlm_raw_char"
+    anytime = "asr_anytime_train_asr_wavlm_raw_char"
     assert depths_of(anytime) == {4, 2, 1}
     shutil.rmtree(pretrained)
-    static = exp / "asr_static_wavlm_raw_char"
+    static = exp / "asr_static_train_asr_wavlm_raw_char"
     words += ["--stage", 5, "--start_from", static, "--asr_tag", "started"]
     an4.run(*words)
     config = yaml.safe_load((exp / "asr_started" / "config.yaml").read_text())
     assert config["encoder"] == "ld_hf" and config["encoder_conf"]["exits"] == 2
-    checkpoint = exp / "asr_from_static_wavlm_raw_char" / "valid.loss_ctc.ave.pth"
+    checkpoint = (
+        exp / "asr_from_static_train_asr_wavlm_raw_char" / "valid.loss_ctc.ave.pth"
+    )
     assert config["init_param"] == [str(checkpoint)]
     assert depths_of("asr_started") == {4, 2, 1}
 
