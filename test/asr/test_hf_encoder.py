@@ -751,8 +751,9 @@ def test_the_wavlm_setting_of_the_paper_trains(saved, corpus, tmp_path):
         kept = {k for k in begun if torch.equal(begun[k], states["model"][k])}
         cnn = {k for k in begun if "feature_extractor" in k}
         assert cnn and cnn <= kept
-        if system == "static":
-            assert kept == cnn | {"encoder.model.masked_spec_embed"} & kept
+        # the rate has only begun to rise: weights near 1 are still what they were
+        moved = {k for k in begun.keys() - kept if k.endswith("q_proj.weight")}
+        assert moved
 
 
 def test_the_config_of_an_experiment_is_no_new_training(saved, build_hf, tmp_path):
