@@ -185,7 +185,8 @@ def test_a_pretrained_encoder_that_was_fine_tuned(build, batch, tmp_path):
     sizes |= dict(intermediate_size=32, conv_dim=[8] * 7)
     sizes |= dict(num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
     HubertModel(HubertConfig(**sizes)).save_pretrained(tmp_path / "hubert")
-    waves = dict(input_size=1, specaug=None, frontend_conf=dict(fs=16000))
+    waves = dict(input_size=1, specaug=None, normalize=None)
+    waves |= dict(frontend_conf=dict(fs=16000))
     espnets = "output_size attention_heads dropout_rate num_blocks".split()
     conf = {**dict.fromkeys((*CONFORMER, *espnets)), "layer_weights": "weighted_sum"}
     conf |= dict(model=str(tmp_path / "hubert"), depth_sampler="full")
