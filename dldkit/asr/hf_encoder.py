@@ -1,7 +1,8 @@
 """Speech encoders of Hugging Face transformers, with run-time depth."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -135,6 +136,7 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
         self.freeze_steps = freeze_steps
         self._held: list[torch.nn.Parameter] = []  # those that thaw
         self._counted: Optional[int] = None  # steps of this process
+        self._features: Optional[list[torch.Tensor]] = None  # of `cnn_computed_once`
         if freeze_steps:
             # Not an integer: ESPnet's averaging of checkpoints would add them up.
             self.register_buffer("steps_done", torch.zeros(()))
@@ -173,15 +175,33 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
             short = int(ilens.min())
             message = f"has {short} samples, which are too few for {self.source[0]}"
             raise TooShortUttError(message, short, 400)
-        is_trained = not (self.freeze_cnn or self._held)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            features = self.family.features(self.model, speech, ilens)
-        flow = self.family.enter(self.model, features, lengths)
+        found = [] if self._features is None else self._features
+        if not found:
+            is_trained = not (self.freeze_cnn or self._held)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+                found.append(self.family.features(self.model, speech, ilens))
+        flow = self.family.enter(self.model, found[0], lengths)
         if self.layer_logits is not None:
             flow = flow.weighted(self.layer_logits.softmax(0))
         for layer in self.gates:
             flow = layer(flow)
         return self.output_of(flow), lengths, None
+
+    def shares_cnn_with(self, other: torch.nn.Module) -> bool:
+        """Say whether this frozen CNN and another encoder's give the same."""
+        if not isinstance(other, LDHuggingFaceEncoder) or not self.freeze_cnn:
+            return False
+        if self.family.masks_input and self.model.config.apply_spec_augment:
+            return False
+        mine, theirs = (
+            torch.nn.ModuleList(e.family.cnn(e.model)).state_dict()
+            for e in (self, other)
+        )
+        return (
+            self.saved_options["hf_config"] == other.saved_options["hf_config"]
+            and self.family.option == other.family.option
+            and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        )
 
     def output_of(self, output: Any) -> torch.Tensor:
         """Return the encoder's output, if `output` is what its last layer gave."""
@@ -262,6 +282,19 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
                     f"encoder: ld_hf takes waveforms as they are, and the config has "
                     f"{name}: {getattr(args, name)}: set {name}: null ({instead})"
                 )
+
+
+@contextmanager
+def cnn_computed_once(*encoders: torch.nn.Module) -> Iterator[None]:
+    """Let encoders that share their CNN, and hear the same speech, compute it once."""
+    features: list[torch.Tensor] = []
+    for encoder in encoders:
+        encoder._features = features
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder._features = None
 
 
 def weight_files(model: str) -> list[Path]:

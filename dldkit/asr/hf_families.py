@@ -171,10 +171,11 @@ class WaveFamily(torch.nn.Module):
     """
 
     layers_key = "num_hidden_layers"
+    masks_input = False  # but what the CNN gives
 
     def __init__(self, config: PreTrainedConfig, normalize: bool):
         super().__init__()
-        self.normalize = normalize
+        self.normalize = self.option = normalize
         self.masking = Masking()
         self.is_wavlm = config.model_type == "wavlm"
         # else the norm precedes the first layer
@@ -253,10 +254,11 @@ class WhisperFamily(torch.nn.Module):
     """
 
     layers_key = "encoder_layers"
+    masks_input = True
 
     def __init__(self, config: PreTrainedConfig, pad: bool):
         super().__init__()
-        self.pad = pad
+        self.pad = self.option = pad
         self.masking = Masking()
         self.mask_length = config.mask_time_length
         # all Whisper models agree in it but for the number of mel bins

@@ -11,6 +11,7 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.torch_utils.device_funcs import force_gatherable
 
 from dldkit.asr.exits import ExitHeads, ExitWeights
+from dldkit.asr.hf_encoder import cnn_computed_once
 from dldkit.asr.losses import CTCPosteriorKL, Pull
 from dldkit.asr.posteriors import Posteriors
 from dldkit.asr.reference import Reference, open_reference
@@ -104,6 +105,8 @@ class DLDModel(ESPnetASRModel):
         # optimiser, averaging and the packed zip. It is opened at the first training
         # step, so inference, packing and collect_stats do without it.
         self._reference: Optional[Reference] = None
+        # this encoder and the reference's, if their frozen CNNs are the same
+        self._share_cnn: tuple[torch.nn.Module, ...] = ()
         self._pass: Optional[Pass] = None  # the one that runs
         if reference == SELF and sandwich is None and self._draws_depths():
             sandwich = 1
@@ -177,13 +180,20 @@ class DLDModel(ESPnetASRModel):
             kwargs: `utt_id`, a list, for messages.
         """
         references = {}
-        if self.reference_path not in (None, SELF):
-            stored = dict(posteriors=posteriors, posteriors_lengths=posteriors_lengths)
-            references["ctc"] = self.open_reference()(speech, speech_lengths, **stored)
         batch = (speech, speech_lengths, text, text_lengths)
-        passes = self._passes()
         results = []
-        with self._masks_of_step(len(passes)):
+        with ExitStack() as step:
+            if self.reference_path not in (None, SELF):
+                reference = self.open_reference()
+                step.enter_context(cnn_computed_once(*self._share_cnn))
+                references["ctc"] = reference(
+                    speech,
+                    speech_lengths,
+                    posteriors=posteriors,
+                    posteriors_lengths=posteriors_lengths,
+                )
+            passes = self._passes()
+            step.enter_context(self._masks_of_step(len(passes)))
             for this in passes:
                 # a sandwich's full depth is the one the running statistics are of
                 others = (
@@ -409,6 +419,10 @@ class DLDModel(ESPnetASRModel):
         """
         if self._reference is None:
             self._reference = open_reference(self.reference_path, self)
+            theirs = getattr(self._reference, "model", None)
+            shares = getattr(self.encoder, "shares_cnn_with", None)
+            if theirs is not None and shares is not None and shares(theirs.encoder):
+                self._share_cnn = (self.encoder, theirs.encoder)
         return self._reference
 
 

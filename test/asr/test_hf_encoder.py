@@ -539,6 +539,52 @@ class TestModel:
         model(**batch("a", "c"))
         assert not torch.equal(seen[-1], seen[0])
 
+    @pytest.mark.parametrize("family", ["wavlm_stable", "whisper"])
+    def test_computes_the_cnn_of_the_reference_too(
+        self, saved, build_hf, batch, tmp_path, monkeypatch, family
+    ):
+        path = saved(family)[1]
+        build_hf(path, directory=tmp_path / "exp", seed=1)
+
+        def student(**options):
+            options |= dict(layer_choice="prefix", depth_sampler="full", exits=1)
+            distilled = dict(reference=str(tmp_path / "exp"))
+            return build_hf(path, options, model="dld", model_conf=distilled).train()
+
+        model = student()
+        runs = []
+        cls = type(model.encoder.family)
+        features = cls.features
+        monkeypatch.setattr(
+            cls, "features", lambda *args: runs.append(1) or features(*args)
+        )
+
+        def loss_of(model):
+            runs.clear()
+            torch.manual_seed(2)
+            model.zero_grad()
+            loss = model(**batch("a", "c"))[0]
+            loss.backward()
+            return loss, [p.grad for p in model.parameters() if p.grad is not None]
+
+        loss, gradients = loss_of(model)
+        assert len(runs) == 1
+        model._share_cnn = ()
+        alone, expected = loss_of(model)
+        assert len(runs) == 2
+        assert torch.equal(loss, alone)
+        assert all(map(torch.equal, gradients, expected))
+        others = [student(), student(freeze_cnn=False)]
+        with torch.no_grad():
+            next(others[0].encoder.family.cnn(others[0].encoder.model)[0].parameters())[
+                0
+            ] += 1e-3
+        if family == "whisper":  # masks what its CNN takes
+            others.append(student(apply_spec_augment=True))
+        for other in others:
+            loss_of(other)
+            assert len(runs) == 2
+
     def test_is_built_again_without_the_model(self, saved, build_hf, batch, tmp_path):
         from dldkit.asr.loading import load_asr_model
 
