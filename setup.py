@@ -21,6 +21,7 @@ setup(
         "tabulate",
         "lhotse",
         "dask[distributed]",
+        "dask-jobqueue",  # --parallel_config: Slurm, PBS, SGE, LSF
         "matplotlib",
         "tensorboard",
         "tqdm",
@@ -35,7 +36,6 @@ setup(
         ],  # synthesised speech; a list of words
         "sfm": ["transformers", "safetensors"],  # foundation models
         "superb": ["espnet-s3prl", "editdistance", "sed_eval", "more_itertools"],
-        "cluster": ["dask-jobqueue"],  # SLURM, PBS, SGE, LSF
         "test": [
             "pytest",
             "pytest-timeout",

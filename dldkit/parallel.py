@@ -112,10 +112,40 @@ def _make_cluster(settings: dict, workers: int):
             silence_logs=logging.CRITICAL,  # those of the workers
         )
         return LocalCluster(n_workers=workers, **{**defaults, **options})
+    return _submit_jobs(settings["env"], options, workers)
+
+
+def _submit_jobs(env: str, options: dict, workers: int):
+    import dask_jobqueue
+    from distributed import Status
+
+    cluster_class = getattr(dask_jobqueue, JOBQUEUE_CLUSTERS[env])
+    options = {"scheduler_options": {"dashboard_address": ":0"}, **options}
     try:
-        import dask_jobqueue
-    except ImportError:
-        raise UserError(f"env: {settings['env']} needs: pip install dask-jobqueue")
-    cluster = getattr(dask_jobqueue, JOBQUEUE_CLUSTERS[settings["env"]])(**options)
+        cluster = cluster_class(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"parallel options of {cluster_class.__name__}: {_one_line(error)}"
+        )
+    # The first job alone, and waited for: of those of `scale`, Dask logs the errors.
+    cluster.worker_spec.update(cluster.new_worker_spec())
+    try:
+        cluster.sync(lambda: cluster)
+    except (RuntimeError, OSError) as error:
+        for job in cluster.workers.values():
+            job.status = Status.failed  # else the cluster can not be closed
+        cluster.close()
+        raise UserError(
+            f"{env} takes no job with these parallel options: {_one_line(error)}"
+        )
     cluster.scale(workers)
+    logging.info(
+        f"{workers} workers are jobs of {env}, and begin when it lets them; "
+        f"their logs: {options.get('log_directory') or 'the working directory'}"
+    )
     return cluster
+
+
+def _one_line(error: Exception) -> str:
+    """Return the text of an error; of a command's, what it wrote to stderr."""
+    return " ".join(str(error).rpartition("stderr:")[2].split())

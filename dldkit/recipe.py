@@ -199,7 +199,10 @@ def _check_common(options: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_launch(options: Mapping[str, str]) -> None:
-    """Refuse a launch of ESPnet's that does not know where to."""
+    """Refuse a launch that does not know where to."""
+    if options["launch_args"].split()[:1] == ["srun"]:
+        _check_srun(options)
+        return
     launch = dict(_by_name(_words(options, "launch_args")))
     if not launch and int(options["num_nodes"]) == 1:
         return
@@ -207,14 +210,27 @@ def _check_launch(options: Mapping[str, str]) -> None:
         raise UserError(
             f"--num_nodes {options['num_nodes']} --launch_args "
             f"'{options['launch_args']}': say where to train, such as --launch_args "
-            '"--host node1,node2" or --launch_args "--cmd /path/to/slurm.pl"'
+            '"srun --nodes 2" (and --num_nodes 1), or "--host node1,node2"'
         )
     if script := " ".join(launch.get("cmd", [])).split():
         if not shutil.which(script[0]):
             raise UserError(
                 f"--launch_args {options['launch_args']}: there is no {script[0]}; "
-                "name the path of Kaldi's run.pl, slurm.pl or queue.pl"
+                "name the path of such a script of Kaldi's, or train through Slurm "
+                'with --launch_args "srun --ntasks 2"'
             )
+
+
+def _check_srun(options: Mapping[str, str]) -> None:
+    given = f"--launch_args '{options['launch_args']}'"
+    for name, of_srun in (("num_nodes", "--nodes"), ("ngpu", "--ntasks-per-node")):
+        if options[name] not in ("auto", "0", "1"):
+            raise UserError(
+                f"{given}: say {of_srun} {options[name]} to srun, and --{name} 1 here; "
+                "each of its tasks trains on one GPU"
+            )
+    if not shutil.which("srun"):
+        raise UserError(f"{given}: there is no srun here; start it where Slurm is")
 
 
 def _check_sets(options: Mapping[str, str]) -> None:

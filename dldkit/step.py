@@ -201,10 +201,11 @@ class Lock:
     the holder was a process of this machine that is gone.
 
     Args:
-        wait: whether to wait for another holder; if not, it is an error.
+        wait: whether to wait for another holder that is alive; if not, its first
+            heartbeat is an error. A job that was requeued elsewhere thus goes on.
 
     Raises:
-        UserError: another process holds it, and `wait` is false.
+        UserError: another process that is alive holds it, and `wait` is false.
     """
 
     def __init__(self, path: PathLike, wait: bool = True):
@@ -219,16 +220,20 @@ class Lock:
         while not self._create():
             holder, touched = self._holder(), self._touched()
             if (holder, touched) != watched:
+                if watched and holder and not self.wait:
+                    raise UserError(
+                        f"{self.path.parent} is in use by {_name(holder)}: "
+                        "start again when that has ended"
+                    )
                 watched, since = (holder, touched), time.monotonic()
             if _is_gone(holder) or time.monotonic() - since > STALE:
                 self._break(holder)
                 continue
             if told != holder and holder:
                 told = holder
-                message = f"{self.path.parent} is in use by {_name(holder)}"
-                if not self.wait:
-                    raise UserError(f"{message}: start again when that has ended")
-                logging.warning(f"{message}: waiting for it")
+                logging.warning(
+                    f"{self.path.parent} is in use by {_name(holder)}: waiting for it"
+                )
             time.sleep(min(HEARTBEAT, 1))
         self._stop.clear()
         self._thread = threading.Thread(target=self._beat, daemon=True)

@@ -111,9 +111,20 @@ def test_bad_config_is_refused(tmp_path, content, message):
         parallel_map(str, range(3), config=str(config))
 
 
-def test_cluster_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("{cores: 1}", "options of SLURMCluster: You must specify .* memory"),
+        ("{cores: 1, memory: 1GB, coers: 2}", "unexpected keyword argument 'coers'"),
+        ("{cores: 1, memory: 1GB}", "slurm takes no job .*: 'sbatch'"),
+    ],
+)
+def test_a_cluster_that_takes_no_job_ends_the_work(
+    tmp_path, monkeypatch, options, message
+):
     config = tmp_path / "parallel.yaml"
-    config.write_text("env: slurm\nn_workers: 2\n")
-    with pytest.raises(UserError, match="pip install dask-jobqueue"):
+    config.write_text(f"env: slurm\nn_workers: 2\noptions: {options}\n")
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no sbatch
+    with pytest.raises(UserError, match=message):
         parallel_map(str, range(3), config=str(config))

@@ -91,7 +91,9 @@ BAD_ASR = """
 --use_lm true --lm_exp nope | there is no nope/valid.loss.ave.pth
 --num_nodes 2 | --num_nodes 2 .*: say where to train, .*--host
 --launch_args "--max_num_log_files 2" | say where to train, .*--host
---launch_args "--cmd slurm.pl" | there is no slurm.pl; name the path of Kaldi's run.pl
+--launch_args "--cmd slurm.pl" | there is no slurm.pl; .* Slurm with --launch_args "srun
+--launch_args "srun --ntasks 2" --num_nodes 2 | say --nodes 2 to srun, and --num_nodes 1
+--launch_args srun --ngpu 4 | say --ntasks-per-node 4 to srun, and --ngpu 1
 --hf_repo model | --hf_repo model: write user/name
 --python /bin/false | run tools/install.sh
 """

@@ -197,6 +197,20 @@ def test_lock_of_another_machine_is_stale_without_heartbeat(quick, holder, tmp_p
         assert time.monotonic() - begun > 4
 
 
+def test_who_may_not_wait_takes_a_stale_lock_and_refuses_one_in_use(
+    quick, holder, tmp_path
+):
+    """As a job of several nodes that is requeued on others than before."""
+    process = holder("elsewhere")
+    with pytest.raises(UserError, match=f"in use by process {process.pid}"):
+        with Lock(tmp_path / ".lock", wait=False):
+            pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with Lock(tmp_path / ".lock", wait=False):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
 def test_who_lost_the_lock_stops(holder, tmp_path):
     process = holder()
     (tmp_path / ".lock").unlink()  # by mistake: it is put back

@@ -8,8 +8,8 @@
 #   DLDKIT_VENV    the virtual environment to make or reuse
 #   DLDKIT_PYTHON  the Python 3.12 or 3.13 to make it with (default: searched in PATH,
 #                  pyenv and uv)
-#   DLDKIT_EXTRAS  extras to install (default: espeak,sfm,test; `cluster` adds dask-jobqueue,
-#                  `superb` what SUPERB's tasks need)
+#   DLDKIT_EXTRAS  extras to install (default: espeak,sfm,test; `superb` adds what
+#                  SUPERB's tasks need)
 #   pip's own variables work too: to do without CUDA, for example,
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu tools/install.sh
 [ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }

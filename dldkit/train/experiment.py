@@ -3,11 +3,13 @@
 import argparse
 import logging
 import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from espnet2.train.distributed_utils import (
     get_node_rank,
     get_num_nodes,
@@ -51,6 +53,8 @@ def experiment(
     Raises:
         UserError: the training can not begin, or the directory belongs to other data.
     """
+    if args.dist_launcher == "slurm":
+        _be_a_task_of_srun(args)
     resolve_distributed_mode(args)
     if args.ngpu > 1 and not args.multiprocessing_distributed:
         raise UserError(
@@ -60,10 +64,9 @@ def experiment(
     for part in ("train", "valid"):
         for path, _, kind in getattr(args, f"{part}_{FILES[0]}"):
             refuse_missing_speech(splits_of(path)[0], kind)
-    if args.dry_run or not _is_first(args):
+    if args.dry_run:
         yield True
         return
-    logging.basicConfig(level=args.log_level, format=_log_format())
     step = Step(
         args.output_dir,
         {**_files(args), **teachers},
@@ -71,12 +74,46 @@ def experiment(
         bound_by=None if args.collect_stats else "checkpoint.pth",
         **_options(args),
     )
+    if not _is_first(args):  # which would be waited for if it had nothing to do
+        yield not step.is_done()
+        return
+    logging.basicConfig(level=args.log_level, format=_log_format())
     # Other nodes would not know why this one waits, and time out.
     step.lock.wait = not args.distributed or _number_of_nodes(args) == 1
     with step:
         if not step.done and not args.collect_stats:
             copy_files(args)
         yield not step.done
+
+
+def _be_a_task_of_srun(args: argparse.Namespace) -> None:
+    """Let each task of srun be a rank; ESPnet would have one task per node.
+
+    ESPnet takes `gpu` for the first node of `gpu-[01-04]`; Slurm itself says it right.
+    """
+    step = {
+        name: os.environ.get(f"SLURM_{name}")
+        for name in "PROCID LOCALID STEP_NUM_TASKS STEP_NODELIST JOB_ID STEP_ID".split()
+    }
+    if None in step.values():
+        raise UserError("--dist_launcher slurm is for tasks that srun has started")
+    if args.ngpu > 1:
+        raise UserError(
+            f"--ngpu {args.ngpu}: a task of srun trains on one GPU, so say --ngpu 1, "
+            f"and --ntasks-per-node {args.ngpu} to srun"
+        )
+    args.multiprocessing_distributed = False
+    args.dist_rank = int(step["PROCID"])
+    args.dist_world_size = int(step["STEP_NUM_TASKS"])
+    # a task sees the GPUs of its node, or just its own
+    args.local_rank = int(step["LOCALID"]) % max(torch.cuda.device_count(), 1)
+    if args.dist_master_addr is None:
+        command = ["scontrol", "show", "hostnames", step["STEP_NODELIST"]]
+        names = subprocess.run(command, check=True, capture_output=True, text=True)
+        args.dist_master_addr = names.stdout.split()[0]
+    if args.dist_master_port is None:  # another one for each job on a node
+        number = 10 * int(step["JOB_ID"]) + int(step["STEP_ID"])
+        args.dist_master_port = 20000 + number % 10000
 
 
 def _log_format() -> str:

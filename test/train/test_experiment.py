@@ -13,6 +13,7 @@ import torch
 import yaml
 from espnet2.bin import split_scps
 
+from dldkit import step
 from dldkit.asr.collection import collect_posteriors
 from dldkit.asr.inference import Speech2Text
 from dldkit.bin.asr_train import main
@@ -321,6 +322,7 @@ class TestRefusals:
         command = corpus.training(tmp_path / "exp", dist_backend="gloo")
         args = DLDASRTask.get_parser().parse_args(command)
         args.dist_world_size, args.dist_rank = 2, 0
+        monkeypatch.setattr(step, "HEARTBEAT", 0.3)
         with experiment(DLDASRTask.get_parser().parse_args(command)):
             with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
                 with experiment(args):
@@ -328,3 +330,13 @@ class TestRefusals:
             args.dist_rank = 1  # the first one holds it for all
             with experiment(args) as is_to_be_done:
                 assert is_to_be_done
+        with experiment(args) as is_to_be_done:  # nor waits for one that is done
+            assert not is_to_be_done
+
+    def test_tasks_that_srun_has_not_started(self, corpus, tmp_path, monkeypatch):
+        command = corpus.training(tmp_path / "exp", dist_launcher="slurm")
+        args = DLDASRTask.get_parser().parse_args(command)
+        monkeypatch.delenv("SLURM_PROCID", raising=False)
+        with pytest.raises(UserError, match="tasks that srun has started"):
+            with experiment(args):
+                pass

@@ -27,11 +27,12 @@ skip_packing=false  # skip stage 14
 skip_upload=false  # skip stage 15
 ngpu=auto  # GPUs per node for training; auto: 1 if there is one, else 0 (CPU)
 num_nodes=1  # nodes for training; more than 1 goes through ESPnet's launcher
-launch_args=  # options of espnet2.bin.launch, e.g. "--cmd ./slurm.pl" or "--host node1,node2"
+launch_args=  # "srun --ntasks 2": training through Slurm (docs/cluster.md); or options of
+    # espnet2.bin.launch, e.g. "--host node1,node2"
 num_threads=2  # threads of a training on the CPU
 nj=2  # parallel jobs for data and posteriors
 inference_nj=2  # parallel jobs for decoding
-parallel_config=  # YAML file of a cluster for these jobs: env: slurm, n_workers: 8, options: {}
+parallel_config=  # YAML file of a cluster for these jobs, such as conf/slurm.yaml at the top
 python=python3  # the Python to run everything with
 dumpdir=dump  # directory for formatted data
 expdir=exp  # directory for experiments

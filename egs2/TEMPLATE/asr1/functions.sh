@@ -74,7 +74,12 @@ run_training() { # run_training EXP COMMAND...
     local exp=$1 command launch=() multi=false
     shift
     command=("$@")
-    if [ "${num_nodes}" -gt 1 ] || [ -n "${launch_args}" ]; then
+    if [[ "${launch_args} " == "srun "* ]]; then # each of its tasks is a rank
+        mapfile -t launch < <(words "${launch_args}")
+        command=("${launch[@]}" --kill-on-bad-exit=1 "${command[@]}" --ngpu "${ngpu}"
+            --dist_launcher slurm)
+        if [ "${ngpu}" -eq 0 ]; then command+=(--dist_backend gloo); fi
+    elif [ "${num_nodes}" -gt 1 ] || [ -n "${launch_args}" ]; then
         mapfile -t launch < <(words "${launch_args}")
         if [ "${num_nodes}" -gt 1 ]; then launch+=(--num_nodes "${num_nodes}"); fi
         command=("${python}" -m espnet2.bin.launch "${launch[@]}" --ngpu "${ngpu}"
@@ -151,7 +156,9 @@ show_progress() { # the readable part of a training log
 
 show_failure() { # show_failure LOG: the error that ends it, or else its last lines
     local error
-    error=$(tail -n 30 "$1" | grep -E '(^|: )error: ' | tail -n 1) || true
+    # srun reports each task that it ends, after what the first of them said
+    error=$(tail -n 30 "$1" | grep -E '(^|: )error: ' |
+        grep -Ev '^(srun|slurmstepd[^:]*): error: .*(task|STEP|JOB) ' | tail -n 1) || true
     if [ -n "${error}" ]; then die "${error#*error: } (log: $1)"; fi
     tail -n 30 "$1" >&2
     die "it failed; the end of $1 is above"
