@@ -31,6 +31,19 @@ class TrainerChoice:
     """Mixin of a task that has `trainer_choices` in its `class_choices_list`."""
 
     @classmethod
+    def parse(cls, cmd: Optional[Sequence[str]] = None) -> argparse.Namespace:
+        """Read a command line.
+
+        Raises:
+            UserError: for a config that can not be read.
+        """
+        try:
+            return cls.get_parser().parse_args(cmd)
+        except yaml.YAMLError as error:
+            where = " ".join(str(error).split())
+            raise UserError(f"--config is no YAML file: {where}") from None
+
+    @classmethod
     def main(
         cls,
         args: Optional[argparse.Namespace] = None,
@@ -42,11 +55,7 @@ class TrainerChoice:
             UserError: for a config that can not be read; see `experiment`.
         """
         if args is None:
-            try:
-                args = cls.get_parser().parse_args(cmd)
-            except yaml.YAMLError as error:
-                where = " ".join(str(error).split())
-                raise UserError(f"--config is no YAML file: {where}") from None
+            args = cls.parse(cmd)
         if args.print_config or args.output_dir is None:
             super().main(args)  # which says what is missing
             return

@@ -26,7 +26,9 @@ from dldkit.step import Step
 
 # What statistics depend on besides the data: systems that agree in it share them.
 STATISTICS = "frontend frontend_conf input_size use_preprocessor preprocessor"
-STATISTICS += " preprocessor_conf token_type cleaner g2p write_collected_feats"
+STATISTICS += (
+    " preprocessor_conf token_type cleaner g2p write_collected_feats stats_utts"
+)
 # What does not change the result of a training, or is no option of it.
 IRRELEVANT = "config print_config log_level log_interval output_dir ngpu num_workers"
 IRRELEVANT += " num_att_plot use_tensorboard use_matplotlib create_graph_in_tensorboard"
