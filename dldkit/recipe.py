@@ -26,7 +26,7 @@ from dldkit.options import depth_list, exit_thresholds, sampling_rate
 
 CHOICES = {
     "feats_type": ["raw", "fbank", "extracted"],
-    "audio_format": ["flac", "wav"],
+    "audio_format": ["flac", "wav", "flac.ark", "wav.ark"],
     "token_type": ["char", "bpe", "word"],
     "bpemode": ["unigram", "bpe"],
     "kd_source": ["live", "cached"],
@@ -37,7 +37,7 @@ CHOICES = {
 }
 LEAST = {  # of options that are integers
     **dict.fromkeys(["num_nodes", "num_threads", "nj", "inference_nj", "nbpe"], 1),
-    **dict.fromkeys(["n_mels", "calibration_utts", "top_k"], 1),
+    **dict.fromkeys(["n_mels", "calibration_utts", "top_k", "stats_utts"], 1),
     **dict.fromkeys(["rtf_utts", "seed", "ngpu"], 0),
 }
 UNSET = {"top_k": "", "seed": "", "ngpu": "auto"}  # which they may be instead

@@ -1,4 +1,4 @@
-"""All commands in a row: on audio, on log mel energies, on someone's own features."""
+"""All commands in a row: on audio, audio in arks, log mel energies, own features."""
 
 import shutil
 
@@ -22,7 +22,7 @@ MODEL = "valid.loss_ctc.ave.pth"
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(params=["raw", "fbank", "extracted"])
+@pytest.fixture(params=["raw", "flac.ark", "fbank", "extracted"])
 def dump(request, corpus, tmp_path):
     """The corpus in one format, as stage 3 writes it; with options for training."""
     kind = request.param
@@ -38,7 +38,11 @@ def dump(request, corpus, tmp_path):
             format_data.main([str(data), str(fbank), *options, "fbank"])
             shutil.copy(fbank / "feats.scp", data)
             (data / "wav.scp").unlink()
-        format_data.main([str(data), str(tmp_path / "dump" / part), *options, kind])
+        if kind == "flac.ark":
+            options += ["raw", "--audio_format", kind]
+        else:
+            options += [kind]
+        format_data.main([str(data), str(tmp_path / "dump" / part), *options])
     return tmp_path / "dump", kind
 
 
@@ -49,15 +53,15 @@ def scores(directory):
 
 def test_every_command(dump, corpus, tmp_path):
     dump, kind = dump
-    scp, data_type = (
-        ("wav.scp", "sound") if kind == "raw" else ("feats.scp", "kaldi_ark")
-    )
-    shape = "utt2num_samples" if kind == "raw" else "feats_shape"
+    is_audio = kind in ("raw", "flac.ark")
+    scp = "wav.scp" if is_audio else "feats.scp"
+    data_type = "sound" if kind == "raw" else "kaldi_ark"
+    shape = "utt2num_samples" if is_audio else "feats_shape"
 
     def train(directory, *words, **changes):
         argv = corpus.training(directory, max_epoch=1, **changes)
         config = yaml.safe_load(open(argv[1]))
-        if kind != "raw":
+        if not is_audio:
             config.update(frontend=None, frontend_conf={}, input_size=20)
         for part, name in (("train", "train"), ("valid", "dev")):
             config[f"{part}_data_path_and_name_and_type"] = [

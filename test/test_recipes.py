@@ -514,6 +514,17 @@ def test_a_second_run_keeps_everything(an4):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_audio_in_arks(an4):
+    words = ["--dumpdir", "arks", "--audio_format", "flac.ark", "--asr_tag", "arks"]
+    words += ["--asr_stats_dir", an4.exp / "arks stats", "--asr_args", "--max_epoch 2"]
+    text = an4.run(*words, "--system", "static", "--stage", 3, "--stop_stage", 11)
+    assert "Stage 11: Training" in text and "2epoch results" in text
+    found = "train", "feats_stats.npz"
+    as_files = an4.exp.joinpath("asr_stats_raw_char", *found).read_bytes()
+    assert an4.exp.joinpath("arks stats", *found).read_bytes() == as_files
+    assert not list((an4.recipe / "arks").rglob("*.flac"))
+
+
 def test_systems_without_a_reference_and_references_that_exist(an4):
     """Neither trains one; and ESPnet's names of options are known."""
     words = ["--stage", 6, "--stop_stage", 11]

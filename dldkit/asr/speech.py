@@ -9,6 +9,7 @@ import soundfile
 from espnet2.tasks.asr import ASRTask
 from espnet2.train.dataset import ESPnetDataset
 
+from dldkit.data.audio import is_in_archive
 from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
 
@@ -19,10 +20,13 @@ def speech_source(data_dir: Union[str, Path]) -> tuple[str, str, str]:
     Raises:
         UserError: when there is neither wav.scp nor feats.scp.
     """
-    for name, data_type in (("feats.scp", "kaldi_ark"), ("wav.scp", "sound")):
+    for name in ("feats.scp", "wav.scp"):
         path = Path(data_dir) / name
         if path.is_file():
-            return str(path), "speech", data_type
+            with path.open(encoding="utf-8", errors="replace") as scp:
+                _, _, entry = scp.readline().partition(" ")
+            in_arks = name == "feats.scp" or is_in_archive(entry.strip())
+            return str(path), "speech", "kaldi_ark" if in_arks else "sound"
     raise UserError(f"{data_dir} has neither wav.scp nor feats.scp: run stage 3 first")
 
 

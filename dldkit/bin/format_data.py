@@ -3,7 +3,7 @@
 
 import argparse
 
-from dldkit.data.format import Format, format_data
+from dldkit.data.format import AUDIO_FORMATS, Format, format_data
 from dldkit.errors import report_user_errors
 from dldkit.options import (
     add_job_options,
@@ -29,7 +29,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--fs", type=sampling_rate, default=16000, help="sampling rate in Hz"
     )
     parser.add_argument(
-        "--audio_format", choices=("flac", "wav"), default="flac", help="for raw"
+        "--audio_format",
+        choices=AUDIO_FORMATS,
+        default="flac",
+        help="for raw: a file each, or arks of many",
     )
     parser.add_argument(
         "--n_mels", type=positive, default=80, help="dimension of fbank"

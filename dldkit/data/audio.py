@@ -78,15 +78,25 @@ def read_channels(
         if path.endswith("|"):
             with io.BytesIO(_output_of(path)) as output:
                 return _read(output, "its output", start, end, channel)
-        if not Path(path).is_file():
-            if match := ARK.fullmatch(path):
-                with io.BytesIO(_from_ark(match[1], int(match[2]))) as stored:
-                    return _read(stored, path, start, end, channel)
-            raise BadAudio(f"no such file: {path}")
-        with open(path, "rb") as file:
+        with _stored(path) as file:
             return _read(file, path, start, end, channel)
     except (soundfile.LibsndfileError, OSError) as error:
         raise BadAudio(f"unreadable: {_reason(error)}") from None
+
+
+def is_in_archive(path: str) -> bool:
+    """Say whether an entry of `wav.scp` is a place in an archive, as `a.ark:123`."""
+    return bool(ARK.fullmatch(path)) and not Path(path).is_file()
+
+
+def _stored(path: str) -> BinaryIO:
+    """Open a file, or what is at a place in an archive."""
+    if is_in_archive(path):
+        ark, _, place = path.rpartition(":")
+        return io.BytesIO(_from_ark(ark, int(place)))
+    if not Path(path).is_file():
+        raise BadAudio(f"no such file: {path}")
+    return open(path, "rb")
 
 
 def _read(
@@ -137,11 +147,14 @@ def _reason(error: Exception) -> str:
 def declared_length(path: PathLike) -> tuple[int, int, int]:
     """Return how many samples, at which rate, and channels the header promises.
 
+    Args:
+        path: a file, or a place in an archive.
+
     Raises:
         BadAudio: there is no readable header, or no samples.
     """
     try:
-        with open(path, "rb") as file, _opened(file) as audio:
+        with _stored(str(path)) as file, _opened(file) as audio:
             length = max(audio.frames, _declared_frames(file, audio))
             if not length:
                 raise BadAudio("no samples")
@@ -249,9 +262,13 @@ def convert(
 
 def write_audio(path: PathLike, samples: np.ndarray, fs: int) -> None:
     """Write (Time,) as 16 bit; what was 16 bit before comes out bit for bit."""
+    soundfile.write(path, as_16_bit(samples), fs, subtype="PCM_16")
+
+
+def as_16_bit(samples: np.ndarray) -> np.ndarray:
+    """Return samples in [-1, 1] as integers."""
     # soundfile alone would scale by 32767 what it read by 1 / 32768.
-    integers = np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
-    soundfile.write(path, integers, fs, subtype="PCM_16")
+    return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
 
 
 def _declared_frames(file: BinaryIO, audio: soundfile.SoundFile) -> int:

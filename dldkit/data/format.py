@@ -13,7 +13,13 @@ from urllib.parse import quote
 
 import numpy as np
 
-from dldkit.data.audio import BadAudio, convert, read_channels, write_audio
+from dldkit.data.audio import (
+    BadAudio,
+    as_16_bit,
+    convert,
+    read_channels,
+    write_audio,
+)
 from dldkit.data.datadir import (
     DROPPED_TEXT,
     Table,
@@ -30,6 +36,7 @@ from dldkit.parallel import parallel_map
 from dldkit.step import atomic
 
 CHUNK = 500  # utterances per job, and per ark
+AUDIO_FORMATS = "flac", "wav", "flac.ark", "wav.ark"
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class Format:
         feats_type: `raw` (audio files), `fbank` (log mel energies in Kaldi arks) or
             `extracted` (the `feats.scp` that the directory has, as it is).
         fs: sampling rate in Hz of `raw`, and of the audio behind `fbank`.
-        audio_format: `flac` or `wav`, 16 bit.
+        audio_format: `flac` or `wav`, 16 bit, a file each; or `flac.ark` or `wav.ark`,
+            the same in Kaldi arks.
         n_mels: dimension of `fbank`.
         channel: of recordings that have several, from 0; None = all of them, mixed.
     """
@@ -199,6 +207,8 @@ def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> O
     if result.is_file():  # an interrupted run got this far
         return Outcome(**json.loads(result.read_text()))
     write = _write_fbank if form.feats_type == "fbank" else _write_raw
+    if form.feats_type == "raw" and form.audio_format.endswith(".ark"):
+        write = _write_arks
     outcome = write(chunk, Path(dst) / "data" / f"{index:05d}", form)
     if not outcome.dropped:
         result.parent.mkdir(exist_ok=True)
@@ -233,6 +243,30 @@ def _write_raw(chunk: list[Utterance], directory: Path, form: Format) -> Outcome
         write_audio(path, samples, form.fs)
         outcome.entries[utt] = str(path)
         outcome.sizes[utt] = str(len(samples))
+    return outcome
+
+
+def _write_arks(chunk: list[Utterance], directory: Path, form: Format) -> Outcome:
+    """Write the files into one ark, as ESPnet's own stage 3 does."""
+    import kaldiio
+
+    outcome = Outcome()
+    directory.mkdir(parents=True, exist_ok=True)
+    ark, scp = directory / "wav.ark", directory / "wav.scp"
+    for path in (ark, scp):
+        path.unlink(missing_ok=True)  # of an interrupted run
+    encoding = dict(format=form.audio_format.removesuffix(".ark"), subtype="PCM_16")
+    for utt, samples in _load(chunk, form, outcome):
+        kaldiio.save_ark(
+            str(ark),
+            {utt: (form.fs, as_16_bit(samples))},
+            scp=str(scp),
+            append=True,
+            write_function="soundfile",
+            write_kwargs=encoding,
+        )
+        outcome.sizes[utt] = str(len(samples))
+    outcome.entries = _read_optional(scp)
     return outcome
 
 

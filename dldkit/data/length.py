@@ -3,8 +3,7 @@
 import logging
 from pathlib import Path
 
-import soundfile
-
+from dldkit.data.audio import declared_length
 from dldkit.data.datadir import (
     empty_transcripts,
     read_table,
@@ -57,7 +56,7 @@ def _filter(
     entries, size = read_table(directory / scp), read_table(directory / sizes)
     silent = empty_transcripts(src) if text else set()
     if raw and fs is None:
-        fs = soundfile.info(next(iter(entries.values()))).samplerate
+        _, fs, _ = declared_length(next(iter(entries.values())))
     scale, unit = (fs, "s") if raw else (1, "frames")
     dropped = {}
     for utt in utts:

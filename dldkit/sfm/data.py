@@ -3,10 +3,10 @@
 from typing import Collection, Sequence
 
 import numpy as np
-import soundfile
 import torch
 from espnet2.train.collate_fn import common_collate_fn
 
+from dldkit.data.audio import BadAudio, declared_length
 from dldkit.data.datadir import read_table, splits_of
 from dldkit.errors import UserError
 
@@ -113,8 +113,8 @@ def refuse_other_rates(
             raise UserError(f"{path} lists no utterance")
         utt, file = next(iter(table.items()))
         try:
-            found = soundfile.info(file).samplerate
-        except soundfile.LibsndfileError as error:
+            _, found, _ = declared_length(file)
+        except BadAudio as error:
             raise UserError(f"{path}: utterance {utt}: {error}") from error
         if found != sampling_rate:
             raise UserError(

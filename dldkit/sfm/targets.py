@@ -9,11 +9,10 @@ from typing import Optional, Sequence, Union
 
 import humanfriendly
 import numpy as np
-import soundfile
 import torch
 import yaml
 
-from dldkit.data.audio import BadAudio, read_audio
+from dldkit.data.audio import BadAudio, declared_length, read_audio
 from dldkit.data.datadir import Table, read_table
 from dldkit.data.frames import (
     Part,
@@ -130,8 +129,8 @@ def _lengths(data_dir: PathLike) -> dict[str, int]:
 
 def _samples_of(utt: str, wav: str) -> int:
     try:
-        return soundfile.info(wav).frames
-    except (soundfile.LibsndfileError, OSError) as error:
+        return declared_length(wav)[0]
+    except BadAudio as error:
         raise UserError(f"utterance {utt}: {error}") from error
 
 

@@ -13,6 +13,7 @@ from dldkit.bin.format_data import main
 from dldkit.data.audio import read_audio
 from dldkit.data.datadir import read_table, write_table
 from dldkit.data.format import Format, format_data
+from dldkit.data.length import filter_data
 from dldkit.data.speed import perturb_speed
 from dldkit.errors import UserError
 
@@ -41,6 +42,40 @@ def test_raw_keeps_the_samples_and_the_tables(train, tmp_path):
         assert (out / name).read_text() == (train / name).read_text()
     assert (out / "feats_type").read_text() == "raw\n"
     assert (out / "dropped.txt").read_text() == ""
+
+
+@pytest.mark.parametrize("audio_format", ["flac.ark", "wav.ark"])
+def test_arks_hold_the_same_samples(train, tmp_path, monkeypatch, audio_format):
+    monkeypatch.setattr(format_module, "CHUNK", 3)
+    wavs = {utt: scp(train)[utt] for utt in sorted(scp(train))}
+    broken = list(wavs)[1]
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    write_table(train / "wav.scp", {**wavs, broken: str(tmp_path / "broken.wav")})
+    out = tmp_path / "my out"
+    format_data(train, out, Format(audio_format=audio_format))
+    del wavs[broken]
+    assert list(scp(out, "dropped.txt")) == [broken]
+    arks = sorted((out / "data").rglob("*.*"))
+    assert [ark.name for ark in arks] == ["wav.ark", "wav.scp"] * 2
+    espnets = kaldi_loader(str(out / "wav.scp"), "float32")
+    for utt, path in wavs.items():
+        truth, fs = read_audio(path)
+        np.testing.assert_array_equal(espnets[utt], truth)
+        np.testing.assert_array_equal(read_audio(scp(out)[utt])[0], truth)
+        assert scp(out, "utt2num_samples")[utt] == str(len(truth))
+    filter_data(out, tmp_path / "kept", 0.1, 20.0)  # it asks an ark for the rate
+    assert scp(tmp_path / "kept") == scp(out)
+
+
+def test_an_ark_that_was_interrupted_is_written_anew(train, tmp_path):
+    utts = format_module.read_utterances(train, sorted(scp(train)))
+    form = Format(audio_format="flac.ark")
+    format_module._write_arks(utts[:2], tmp_path, form)
+    again = format_module._write_arks(utts, tmp_path, form)
+    assert len(again.entries) == len(utts)
+    for utt, entry in again.entries.items():
+        truth, _ = read_audio(scp(train)[utt])
+        np.testing.assert_array_equal(read_audio(entry)[0], truth)
 
 
 def test_ids_that_look_alike_have_files_of_their_own(train, tmp_path):

@@ -30,7 +30,7 @@ num_nodes=1  # nodes for training; more than 1 goes through ESPnet's launcher
 launch_args=  # "srun --ntasks 2": training through Slurm (docs/cluster.md); or options of
     # espnet2.bin.launch, e.g. "--host node1,node2"
 num_threads=2  # threads of a training on the CPU
-nj=2  # parallel jobs for data and posteriors
+nj=2  # parallel jobs for data, statistics and posteriors
 inference_nj=2  # parallel jobs for decoding
 parallel_config=  # YAML file of a cluster for these jobs, such as conf/slurm.yaml at the top
 python=python3  # the Python to run everything with
@@ -45,7 +45,7 @@ local_data_opts=  # options for local/data.sh
 lang=en  # language, for the model card
 speed_perturb_factors=  # e.g. "0.9 1.0 1.1"; empty: no speed perturbation
 feats_type=raw  # raw (audio), fbank, or extracted (your own feats.scp in data/*/)
-audio_format=flac  # flac or wav, for raw
+audio_format=flac  # of raw: flac or wav, a file each; flac.ark or wav.ark, for big corpora
 fs=16000  # sampling rate in Hz, or 16k; other audio is resampled
 n_mels=80  # dimension of fbank
 frame_shift=0.01  # seconds between the frames of fbank and extracted
@@ -79,6 +79,7 @@ start_from=  # trained model to make anytime: experiment, checkpoint, zip or Hug
 pretrained_model=  # checkpoint to begin with, as --init_param takes it
 seed=  # seed of both trainings; empty: that of the config
 feats_normalize=global_mvn  # global_mvn, utterance_mvn or none
+stats_utts=20000  # utterances of a set that its mean and variance are computed from, at most
 
 ## Inference
 inference_asr_model=valid.loss_ctc.ave.pth  # checkpoint to decode with
@@ -132,6 +133,7 @@ text_option=()
 if [ "${feats_type}" == raw ]; then
     scp=wav.scp
     data_type=sound
+    if [[ ${audio_format} == *.ark ]]; then data_type=kaldi_ark; fi
     speech_fold_length=80000 # samples
     per_second=1
 else
@@ -267,24 +269,12 @@ set_data_options() { # data_options: what asr_train has to know of the data
 }
 
 collect_stats() { # collect_stats DIR EXP [options of asr_train]...
-    local dir=$1 exp=$2 set shape new=.new.$$
+    local dir=$1 exp=$2
     shift 2
     set_data_options
-    log "Collecting statistics, log: ${exp}/stats.log"
-    "${python}" -m dldkit.bin.asr_train --collect_stats true \
-        --config "${exp}/train.yaml" --output_dir "${dir}" --ngpu 0 \
-        "${data_options[@]}" "$@" >"${exp}/stats.log" 2>&1 ||
-        show_failure "${exp}/stats.log"
-    for set in train valid; do
-        shape=${dir}/${set}/text_shape
-        awk -v vocab="$(wc -l <"${token_list}")" '{ print $0 "," vocab }' \
-            "${shape}" >"${shape}${new}"
-        if cmp -s "${shape}${new}" "${shape}.${token_type}"; then
-            rm "${shape}${new}"
-        else
-            mv "${shape}${new}" "${shape}.${token_type}"
-        fi
-    done
+    "${python}" -m dldkit.bin.collect_stats asr --stats_utts "${stats_utts}" \
+        --nj "${nj}" "${parallel_options[@]}" \
+        --config "${exp}/train.yaml" --output_dir "${dir}" "${data_options[@]}" "$@"
 }
 
 train_model() { # train_model EXP STATS_DIR [options of asr_train]...

@@ -39,7 +39,7 @@ train_set=train  # training set: a directory in data/; transcripts are not neede
 valid_set=valid  # validation set
 local_data_opts=  # options for local/data.sh
 lang=en  # language, for the model card
-audio_format=flac  # flac or wav
+audio_format=flac  # flac or wav, a file each; flac.ark or wav.ark, for big corpora
 fs=16000  # sampling rate in Hz, or 16k: the teacher's; other audio is resampled
 min_wav_duration=0.5  # shorter utterances are left out (seconds)
 max_wav_duration=30  # longer ones too (seconds)
@@ -103,6 +103,8 @@ fi
 sfm_exp=${expdir}/sfm_${sfm_tag}
 sfm_stats_dir=${expdir}/sfm_stats # of the data alone, so that systems share them
 data_feats=${dumpdir}/raw
+data_type=sound
+if [[ ${audio_format} == *.ark ]]; then data_type=kaldi_ark; fi
 other_sets=${probe_sets}
 format_options=()
 filter_options=(--min_length "${min_wav_duration}" --max_length "${max_wav_duration}")
@@ -121,7 +123,7 @@ set_data_options() { # data_options: what sfm_distill_train has to know of the d
         if [ "${set}" == valid ]; then dir=${data_feats}/${valid_set}; fi
         stage_needs "${dir}/wav.scp" "stages 3 and 4"
         data_options+=(
-            "--${set}_data_path_and_name_and_type" "${dir}/wav.scp,speech,sound"
+            "--${set}_data_path_and_name_and_type" "${dir}/wav.scp,speech,${data_type}"
         )
     done
 }
@@ -131,13 +133,11 @@ configure() { # write ${sfm_exp}/train.yaml
         "model_conf.teacher=${targets_from}"
 }
 
-collect_stats() {
+collect_stats() { # lengths alone, as the model takes speech as it is
     set_data_options
-    log "Collecting statistics, log: ${sfm_exp}/stats.log"
-    "${python}" -m dldkit.bin.sfm_distill_train --collect_stats true \
-        --config "${sfm_exp}/train.yaml" --output_dir "${sfm_stats_dir}" --ngpu 0 \
-        "${data_options[@]}" "${sfm_options[@]}" >"${sfm_exp}/stats.log" 2>&1 ||
-        show_failure "${sfm_exp}/stats.log"
+    "${python}" -m dldkit.bin.collect_stats sfm \
+        --config "${sfm_exp}/train.yaml" --output_dir "${sfm_stats_dir}" \
+        "${data_options[@]}" "${sfm_options[@]}"
 }
 
 train_model() {
