@@ -29,6 +29,7 @@ from dldkit.depth.profile import (
 )
 from dldkit.depth.statistics import batch_norms, estimate
 from dldkit.errors import UserError
+from dldkit.patches import patched
 from dldkit.step import Lock, digest
 
 HELD_BACK = (
@@ -46,7 +47,7 @@ class Utterance:
 
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""Speech as (Batch, Samples) or (Batch, Time, Dim), and its lengths as (Batch,)."""
+"""Speech (Batch, Samples) or features (Batch, Time, Dim), and lengths (Batch,)."""
 
 
 def write_depth_profile(
@@ -115,12 +116,17 @@ def write_depth_profile(
             return
         read = partial(_read, data_dir, train_args, model)
         sample, held_back = _draw(data_dir, num_utts, seed)
-        batches = _unpadded_batches(read(sample), batch_size)
-        judges = [utt for utt in read(held_back) if utt.text is not None]
+        sample = _unpadded_batches(read(sample), batch_size)
+        batches = [_features(model, batch) for batch in sample]
+        judges = [
+            (_features(model, _batch([utt.speech])), utt.text)
+            for utt in read(held_back)
+            if utt.text is not None
+        ]
         for layers in tqdm(missing, desc="Calibrating depths"):
             depth = CalibratedDepth(
                 layers,
-                estimate(encoder, layers, batches, lambda batch: model.encode(*batch)),
+                estimate(encoder, layers, batches, partial(_encode, model)),
                 selector or encoder.selector,
                 made_from,
             )
@@ -209,8 +215,23 @@ def _unpadded_batches(utts: Sequence[Utterance], batch_size: int) -> list[Batch]
     return [_batch(arrays[start : start + batch_size]) for start in starts]
 
 
+@torch.no_grad()
+def _features(model: ESPnetASRModel, batch: Batch) -> Batch:
+    """Return what enters the layers: it is the same at any depth."""
+    features = model._extract_feats(*batch)
+    return features if model.normalize is None else model.normalize(*features)
+
+
+def _encode(model: ESPnetASRModel, features: Batch) -> Batch:
+    """Encode what `_features` returned."""
+    with patched(model, "frontend", None), patched(model, "normalize", None):
+        return model.encode(*features)
+
+
 def _judged(
-    depth: CalibratedDepth, model: ESPnetASRModel, utts: Sequence[Utterance]
+    depth: CalibratedDepth,
+    model: ESPnetASRModel,
+    utts: Sequence[tuple[Batch, np.ndarray]],
 ) -> CalibratedDepth:
     """Compare CTC's loss with and without the statistics, and drop them if it is worse.
 
@@ -222,7 +243,7 @@ def _judged(
     for profile in (None, DepthProfile([depth], "")):
         encoder.attach_depth_profile(profile)
         with encoder.running(depth.layers):
-            losses.append(np.array([_ctc_loss(model, utt) for utt in utts]))
+            losses.append(np.array([_ctc_loss(model, *utt) for utt in utts]))
     encoder.attach_depth_profile(None)
     finite = np.isfinite(losses).all(0)  # a transcript may be too long for its speech
     before, after = (values[finite] for values in losses)
@@ -243,10 +264,10 @@ def _judged(
 
 
 @torch.no_grad()
-def _ctc_loss(model: ESPnetASRModel, utt: Utterance) -> float:
-    encoded, lengths = model.encode(*_batch([utt.speech]))
+def _ctc_loss(model: ESPnetASRModel, features: Batch, transcript: np.ndarray) -> float:
+    encoded, lengths = _encode(model, features)
     if isinstance(encoded, tuple):  # with intermediate outputs
         encoded = encoded[0]
-    text = torch.from_numpy(utt.text)[None]
+    text = torch.from_numpy(transcript)[None]
     loss = model.ctc(encoded, lengths, text, torch.tensor([text.size(1)]))
     return math.inf if not loss.isfinite() else float(loss)

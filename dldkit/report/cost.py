@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Callable, Sequence, Union
 
 import numpy as np
-import soundfile
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 from espnet2.train.abs_espnet_model import AbsESPnetModel
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dldkit.asr.speech import speech_source
+from dldkit.data.audio import BadAudio, declared_length
 from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
 
@@ -82,25 +82,17 @@ def macs(model: AbsESPnetModel, speech: np.ndarray) -> int:
     return counter.get_total_flops() // 2
 
 
-def macs_of_stopping(
-    recogniser: Any, speech: np.ndarray, depths: Sequence[int]
-) -> float:
-    """Count the multiply-accumulates of an utterance that leaves at each of `depths`.
+def macs_of_leaving(recogniser: Any, speech: np.ndarray, depth: int) -> int:
+    """Count the multiply-accumulates of an utterance that leaves at a depth.
 
     The output layers of the exits that it passes are counted as well.
 
     Args:
         recogniser: a `Speech2Text` of a model with exits.
-
-    Returns:
-        The mean over `depths`.
     """
-    found = {}
-    for depth in set(depths):
-        with recogniser.running(depth), _counted() as counter:
-            recogniser(speech, exit_threshold=0.0)
-        found[depth] = counter.get_total_flops() // 2
-    return sum(found[depth] for depth in depths) / len(depths)
+    with recogniser.running(depth), _counted() as counter:
+        recogniser(speech, exit_threshold=0.0)
+    return counter.get_total_flops() // 2
 
 
 def speech_seconds(
@@ -114,16 +106,17 @@ def speech_seconds(
     Raises:
         UserError: there is no speech, or its length can not be read.
     """
-    scp, _, data_type = speech_source(data_dir)
+    scp, _, _ = speech_source(data_dir)
     seconds = {}
-    if data_type == "kaldi_ark":
+    if Path(scp).name == "feats.scp":
         for utt_id, shape in read_table(Path(data_dir) / "feats_shape").items():
             seconds[utt_id] = int(shape.split(",")[0]) * frame_shift
     else:
         for utt_id, path in read_table(scp).items():
             try:
-                seconds[utt_id] = soundfile.info(path).duration
-            except (OSError, RuntimeError) as error:
+                length, fs, _ = declared_length(path)
+                seconds[utt_id] = length / fs
+            except BadAudio as error:
                 raise UserError(f"{scp}: can not read {utt_id}: {error}")
     if not seconds:
         raise UserError(f"{data_dir} has no utterance")

@@ -197,6 +197,11 @@ def measure_costs(
         utt_ids = cost.evenly_spaced(list(seconds[test_set]), number)
         return [cost.Utterance(read(u), seconds[test_set][u]) for u in utt_ids]
 
+    @functools.cache  # thresholds share the depths at which utterances leave
+    def macs_of_leaving(system: str, test_set: str, depth: int) -> int:
+        (utterance,) = load(system, test_set, 1)
+        return cost.macs_of_leaving(recognisers[system], utterance.speech, depth)
+
     timed = []
     for result in results:
         recogniser = recognisers[result.system]
@@ -211,7 +216,8 @@ def measure_costs(
             macs = cost.macs(model, utterance.speech)
             timed.append(cost.TimedDecoder(at_depth, recogniser, utterances))
         else:
-            macs = cost.macs_of_stopping(recogniser, utterance.speech, result.depths)
+            leave = functools.partial(macs_of_leaving, result.system, result.test_set)
+            macs = sum(map(leave, result.depths)) / len(result.depths)
             decode = functools.partial(recogniser, exit_threshold=result.threshold)
             timed.append(cost.TimedDecoder(recogniser.set_depth, decode, utterances))
         result.macs_per_second = macs / utterance.seconds
