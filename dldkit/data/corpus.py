@@ -31,14 +31,21 @@ PathLike = str | Path
 UNREADABLE_RATE, UNREADABLE_SECONDS = 16000, 360_000
 
 
-def corpus_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options that all preparations have."""
+def corpus_parser(
+    description: str | None, nj: int | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that all preparations have.
+
+    Args:
+        nj: default of `--nj`, if the preparation reads headers in threads.
+    """
     parser = command_parser(description)
     parser.add_argument("--data_dir", default="data", help="where the sets go")
     parser.add_argument("--download_dir", default="downloads", help="where corpora go")
-    parser.add_argument(
-        "--nj", type=positive, default=2, help="threads that read headers"
-    )
+    if nj is not None:
+        parser.add_argument(
+            "--nj", type=positive, default=nj, help="threads that read headers"
+        )
     return parser
 
 

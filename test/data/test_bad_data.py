@@ -190,7 +190,7 @@ def corpus(request, recipe, speech, tmp_path, monkeypatch):
     module = recipe(request.param)
     if request.param == "an4":
         monkeypatch.setattr(module, "DEV", 1)
-    words = ["--data_dir", str(tmp_path / "data"), "--nj", "1"]
+    words = ["--data_dir", str(tmp_path / "data")]
     words += ["--download_dir", str(tmp_path / "downloads")]
     words += ["--lang", "cy"] if request.param == "commonvoice" else []
     layout.name, layout.data = request.param, tmp_path / "data"

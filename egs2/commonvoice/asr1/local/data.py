@@ -139,7 +139,7 @@ def _prepare(
 @report_user_errors
 def main(cmd=None) -> None:
     """Run stage 1 of the recipe."""
-    parser = corpus_parser(__doc__)
+    parser = corpus_parser(__doc__, nj=2)
     parser.add_argument("--lang", default="en", help="language, as en or zh-CN")
     args = parse(parser, cmd)
     corpus = find_commonvoice(args.lang)

@@ -18,7 +18,7 @@ SETS = {
 @report_user_errors
 def main(cmd=None) -> None:
     """Run stage 1 of the recipe."""
-    args = parse(corpus_parser(__doc__), cmd)
+    args = parse(corpus_parser(__doc__, nj=2), cmd)
     corpus = find_librispeech([*TRAIN, *DEV, *TEST], args.download_dir)
     prepare(SETS, corpus, Path(args.data_dir), args.nj)
 

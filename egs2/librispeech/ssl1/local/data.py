@@ -12,7 +12,7 @@ from dldkit.options import parse
 @report_user_errors
 def main(cmd=None) -> None:
     """Run stage 1 of the recipe."""
-    parser = corpus_parser(__doc__)
+    parser = corpus_parser(__doc__, nj=2)
     parser.add_argument(
         "--splits", nargs="+", choices=TRAIN, default=list(TRAIN), help="to train on"
     )

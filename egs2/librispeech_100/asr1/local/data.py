@@ -14,7 +14,7 @@ SPLITS = [TRAIN[0], *DEV, *TEST]
 @report_user_errors
 def main(cmd=None) -> None:
     """Run stage 1 of the recipe."""
-    parser = corpus_parser(__doc__)
+    parser = corpus_parser(__doc__, nj=2)
     parser.add_argument(
         "--splits",
         nargs="+",

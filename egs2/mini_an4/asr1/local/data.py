@@ -6,15 +6,16 @@ one training speaker (mwhw) make the development set, so the three sets are disj
 in recordings and in speakers.
 """
 
-import argparse
 import importlib.util
 import logging
 import tarfile
 from pathlib import Path
 
 from dldkit.data.an4 import read_transcripts
+from dldkit.data.corpus import corpus_parser
 from dldkit.data.datadir import write_data_dir
 from dldkit.errors import UserError, report_user_errors
+from dldkit.options import parse
 
 ARCHIVE = "egs3/mini_an4/esp2_asr/downloads.tar.gz"
 SOURCE = "AN4 (CMU), eight real recordings"
@@ -69,24 +70,10 @@ def prepare(download_dir: Path, data_dir: Path) -> None:
         logging.info(f"{name}: {len(tables['text'])} utterances")
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--data_dir", default="data", help="where the sets go")
-    parser.add_argument("--download_dir", default="downloads", help="where audio goes")
-    return parser
-
-
 @report_user_errors
 def main(cmd=None) -> None:
     """Run stage 1 of the recipe."""
-    logging.basicConfig(
-        level="INFO", format="%(asctime)s (%(module)s:%(lineno)d) %(message)s"
-    )
-    args = get_parser().parse_args(cmd)
+    args = parse(corpus_parser(__doc__), cmd)
     prepare(Path(args.download_dir), Path(args.data_dir))
 
 
