@@ -65,7 +65,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 KillWait=5
-NodeName=${host} CPUs=$(nproc) RealMemory=${memory} State=UNKNOWN
+NodeName=${host} CPUs=$(getconf _NPROCESSORS_ONLN) RealMemory=${memory} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 EOF
 }
