@@ -70,8 +70,9 @@ def collect_stats(
                 )
             ]
             work = partial(_of_part, task, args)
-            jobs = nj if len(parts) > len(MODES) else 1  # to start more takes longer
-            found = parallel_map(work, parts, jobs, "Statistics", parallel_config)
+            if len(parts) == len(MODES):  # to start more jobs takes longer
+                nj, parallel_config = 1, None
+            found = parallel_map(work, parts, nj, "Statistics", parallel_config)
             for mode in MODES:
                 _write_sums(
                     Path(args.output_dir, mode),
