@@ -27,10 +27,10 @@ LEGEND = (
     "95 % intervals, from a paired bootstrap over seeds and utterances "
     f"({SAMPLES} samples); those that leave out zero are bold, and a negative one is "
     "in favour of the system that heads the table. `static` is the model trained at "
-    "that depth, or a smaller one where that is better; models that lack a seed are left "
-    "out where another one has all. Arithmetic: of the forwards in "
-    "training, where the deepest static model's is 1. That model is the reference of "
-    "the systems that have one, and the last column adds its training."
+    "that depth, or a smaller one where that is better; models that lack a seed are "
+    "left out where another one has all. Arithmetic: of the forwards in training, where "
+    "the deepest static model's is 1. That model is the reference of the systems that "
+    "have one, and the last column adds its training."
 )
 
 
