@@ -38,6 +38,7 @@ class CropCollateFn:
     ):
         self.train = train
         self.crop = crop
+        self.fs = fs
         self.max_samples = max_seconds * fs
         if self.max_samples < SHORTEST:
             raise UserError(

@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Callable, Optional
 
-from espnet2.tasks.abs_task import AbsTask
+from espnet2.fileio.read_text import load_num_sequence_text
+from espnet2.iterators.abs_iter_factory import AbsIterFactory
+from espnet2.tasks.abs_task import AbsTask, IteratorOptions
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from espnet2.train.class_choices import ClassChoices
 from espnet2.train.collate_fn import CommonCollateFn
@@ -13,6 +15,7 @@ from espnet2.utils.nested_dict_action import NestedDictAction
 import dldkit
 from dldkit.data.frames import read_in_training
 from dldkit.errors import UserError
+from dldkit.sfm.batches import LengthBuckets, report_used
 from dldkit.sfm.data import TARGETS, CropCollateFn, refuse_other_rates
 from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.options import complete, named_teacher
@@ -54,6 +57,23 @@ class SFMDistillTask(TrainerChoice, AbsTask):
         )
         for choices in cls.class_choices_list:
             choices.add_arguments(group)
+        parser.set_defaults(batch_type="sorted")
+
+    @classmethod
+    def build_sequence_iter_factory(
+        cls, args: argparse.Namespace, iter_options: IteratorOptions, mode: str
+    ) -> AbsIterFactory:
+        """Return ESPnet's factory; sorted batches for training are drawn anew."""
+        factory = super().build_sequence_iter_factory(args, iter_options, mode)
+        if mode == "train":
+            shapes = load_num_sequence_text(iter_options.shape_files[0], "csv_int")
+            samples = {utt: shape[0] for utt, shape in shapes.items()}
+            if iter_options.batch_type == "sorted":
+                factory.sampler = LengthBuckets(list(factory.sampler), samples)
+            collate = iter_options.collate_fn
+            epoch = factory.build_iter(1).batch_sampler
+            report_used(epoch, samples, collate.crop, collate.max_samples, collate.fs)
+        return factory
 
     @classmethod
     def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable:

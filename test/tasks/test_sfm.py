@@ -9,9 +9,11 @@ import pytest
 import soundfile
 import torch
 import yaml
+from espnet2.train.distributed_utils import DistributedOption
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from dldkit.bin.sfm_distill_train import main
+from dldkit.sfm.batches import LengthBuckets
 from dldkit.sfm.targets import collect_targets
 from dldkit.tasks.sfm import SFMDistillTask
 
@@ -197,6 +199,21 @@ def test_what_the_config_says_goes_before_the_teacher(training, tmp_path):
     assert {**given, "teacher_size": 16}.items() <= found.items()
 
 
+def test_batches_of_similar_length_are_the_default(training, tmp_path, caplog):
+    """And are drawn in each epoch; what is heard of them is said."""
+    arguments = training(tmp_path / "exp", batch_size=2)
+    config = yaml.safe_load(Path(arguments[1]).read_text())
+    del config["batch_type"]
+    args = SFMDistillTask.get_parser().parse_args(["--output_dir", "exp"])
+    args.__dict__.update(config)
+    with caplog.at_level("INFO"):
+        factory = SFMDistillTask.build_iter_factory(args, DistributedOption(), "train")
+    assert "s of audio on average: " in caplog.text
+    epochs = [list(factory.build_iter(epoch).batch_sampler) for epoch in range(5)]
+    assert len({tuple(map(frozenset, batches)) for batches in epochs}) > 1
+    assert isinstance(factory.sampler, LengthBuckets)
+
+
 @pytest.mark.integration
 def test_a_run_can_be_repeated(trained, training, tmp_path):
     main(training(tmp_path / "exp"))
@@ -232,6 +249,7 @@ def test_print_config_shows_our_options(monkeypatch):
     assert ours.items() <= config["model_conf"].items()
     assert config["student_conf"] == {} and config["collate_fn_conf"] == {}
     assert (config["model"], config["trainer"]) == ("sfm_distill", "resumable")
+    assert config["batch_type"] == "sorted"
 
 
 def test_collect_stats_writes_the_lengths_of_whole_utterances(
