@@ -1,5 +1,6 @@
 """The only place that touches ESPnet's class choices."""
 
+from espnet2.tasks.abs_task import scheduler_classes
 from espnet2.tasks.asr import (
     encoder_choices,
     model_choices,
@@ -17,6 +18,7 @@ from dldkit.asr.model import DLDModel
 from dldkit.asr.normalize import GlobalMVN, UtteranceMVN
 from dldkit.data.frames import register_data_type
 from dldkit.patches import let_espnet_resolve_files, let_espnet_save_encoders
+from dldkit.train.schedule import TransformersSchedule
 
 
 def register() -> None:
@@ -30,6 +32,7 @@ def register() -> None:
     )
     model_choices.classes.update(dld=DLDModel)
     normalize_choices.classes.update(global_mvn=GlobalMVN, utterance_mvn=UtteranceMVN)
+    scheduler_classes.update(transformers=TransformersSchedule)
     register_data_type()
     let_espnet_resolve_files()
     let_espnet_save_encoders()

@@ -20,6 +20,7 @@ from dldkit.depth.growth import boundaries, copy_maps, grow
 from dldkit.depth.layers import find_gates
 from dldkit.errors import UserError
 from dldkit.patches import patched
+from dldkit.train.schedule import steps_per_epoch, total_steps
 from dldkit.train.trainer import ResumableTrainer
 
 
@@ -101,12 +102,7 @@ class Stacking:
                 f"trainer_conf depths {self.depths} end at {self.depths[-1]} layers, "
                 f"but the model has {len(layers)}"
             )
-        if self.total_steps is None and not steps_per_epoch:
-            raise UserError(
-                "the length of an epoch is not known in advance: set trainer_conf "
-                "total_steps to the optimiser steps of the whole training"
-            )
-        total = self.total_steps or steps_per_epoch * max_epoch
+        total = total_steps(steps_per_epoch, max_epoch, self.total_steps)
         self.layers, self.optimizer = layers, optimizer
         self.boundaries = self.boundaries_of(total)
         self._begin(step=0, depth=self.depths[0])
@@ -240,7 +236,7 @@ class StackingTrainer(ResumableTrainer):
             stacking.attached(
                 model,
                 optimizers[0],
-                _steps_per_epoch(train_iter_factory, trainer_options.accum_grad),
+                steps_per_epoch(train_iter_factory, trainer_options.accum_grad),
                 trainer_options.max_epoch,
             ),
             patched(espnet2.train.trainer, "Reporter", reporter),
@@ -260,13 +256,6 @@ class StackingTrainer(ResumableTrainer):
                     "last stage: there is no best or averaged model. Train longer, or "
                     "lower trainer_conf total_steps"
                 )
-
-
-def _steps_per_epoch(factory: AbsIterFactory, accum_grad: int) -> Optional[int]:
-    try:
-        return len(factory.build_iter(1, shuffle=False)) // accum_grad
-    except TypeError:  # an iterator without a length, as that of chunks
-        return None
 
 
 class FullDepthReporter(Reporter):

@@ -13,6 +13,7 @@ from dldkit.depth.layers import Gates, find_gates
 from dldkit.errors import UserError
 from dldkit.patches import patched
 from dldkit.step import atomic
+from dldkit.train.schedule import begin_schedules
 
 CHECKPOINT = "checkpoint.pth"
 
@@ -25,7 +26,16 @@ class ResumableTrainer(Trainer):
     """
 
     @classmethod
-    def run(cls, model, optimizers, schedulers, *args, trainer_options, **kwargs):
+    def run(
+        cls,
+        model,
+        optimizers,
+        schedulers,
+        train_iter_factory,
+        *args,
+        trainer_options,
+        **kwargs,
+    ):
         """Train; see ESPnet's Trainer.run.
 
         Raises:
@@ -42,11 +52,13 @@ class ResumableTrainer(Trainer):
             )
         checkpoint = _Checkpoint(trainer_options, kwargs["distributed_option"])
         checkpoint.settle(trainer_options.best_model_criterion)
+        begin_schedules(schedulers, train_iter_factory, trainer_options)
         with _atomic_saves():
             super().run(
                 model,
                 optimizers,
                 schedulers,
+                train_iter_factory,
                 *args,
                 trainer_options=trainer_options,
                 **kwargs,

@@ -214,6 +214,29 @@ def test_batches_of_similar_length_are_the_default(training, tmp_path, caplog):
     assert isinstance(factory.sampler, LengthBuckets)
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+@pytest.mark.parametrize("trainer", ["resumable", "stacking"])
+def test_the_learning_rate_is_zero_at_the_end(training, tmp_path, epochs, trainer):
+    """For any number of epochs, and with several batches to a step."""
+    changes = dict(trainer_conf=dict(depths=[2, 4]) if trainer == "stacking" else {})
+    changes.update(scheduler="transformers", scheduler_conf=dict(warmup_ratio=0.4))
+    changes.update(trainer=trainer, batch_size=1, accum_grad=3, max_epoch=epochs)
+    main(training(tmp_path / "exp", **changes))
+    checkpoint = load(tmp_path / "exp" / "checkpoint.pth")
+    assert checkpoint["schedulers"][0]["last_epoch"] == 3 * epochs
+    assert checkpoint["optimizers"][0]["param_groups"][0]["lr"] == 0
+    stats = checkpoint["reporter"]["stats"]
+    assert stats[epochs]["train"]["optim0_lr0"] > 0
+
+
+def test_the_learning_rate_takes_its_total_from_the_stages(training, tmp_path):
+    changes = dict(scheduler="transformers", scheduler_conf=dict(warmup_ratio=0.4))
+    main(training(tmp_path / "exp", **changes, max_epoch=1))  # 3 of 9 steps
+    checkpoint = load(tmp_path / "exp" / "checkpoint.pth")
+    rate = checkpoint["optimizers"][0]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(0.005 * 3 / 4)
+
+
 @pytest.mark.integration
 def test_a_run_can_be_repeated(trained, training, tmp_path):
     main(training(tmp_path / "exp"))

@@ -257,6 +257,7 @@ def test_distributed_dropping_needs_unused_parameters(build, tmp_path, sampler):
             model,
             [],
             [],
+            None,
             trainer_options=options(tmp_path),
             distributed_option=DistributedOption(distributed=True, dist_rank=0),
         )
