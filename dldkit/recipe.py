@@ -145,11 +145,6 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
             "facebook/hubert-base-ls960 or openai/whisper-tiny.en is downloaded"
         )
     teacher_layers = OmegaConf.select(config, "model_conf.teacher_layers") or []
-    if options["targets"] == "cached" and not teacher_layers:
-        raise UserError(
-            f"--sfm_config {options['sfm_config']} has to say model_conf: "
-            "teacher_layers for cached targets"
-        )
     settings["teacher_layers"] = " ".join(map(str, teacher_layers))
     if options["probe"] == "superb" and _runs(options, 13):
         _check_superb(_words(options, "superb_args"))

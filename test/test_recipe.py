@@ -105,7 +105,6 @@ BAD_SFM = """
 --valid_set train | --train_set and --valid_set are both train
 --export_depths 13 | the encoder has 12 layers, so choose depths from 1
 --inference_model valid.acc.ave.pth | will not make it; .* valid.loss.ave.pth
---sfm_args "--model_conf teacher_layers=null" | has to say model_conf: teacher_layers
 --probe superb | SUPERB has nothing to run: name the directory
 --probe superb --superb_args "--tasks pr" | (PR needs a corp|SUPERB needs .*install)
 --probe superb --superb_args "--tasks nope" | --tasks nope: choose from pr ks

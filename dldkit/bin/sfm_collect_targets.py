@@ -13,7 +13,9 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--teacher", required=True, help="Hugging Face model, or ESPnet SSL experiment")
     add(
-        "--layers", required=True, type=layer_list, help='as in "2 3 4"; 0 is the input'
+        "--layers",
+        type=layer_list,
+        help='as in "2 3 4"; 0 is the input; none: at thirds of its depth',
     )
     add("--data_dirs", nargs="+", required=True, help="training and validation speech")
     add("--output_dir", required=True, help="for targets.scp and the arks")

@@ -66,9 +66,11 @@ class HiddenStateLoss(torch.nn.Module):
         teacher_layers: the teacher's layers, from 1, in ascending order.
         layer_weight: weight of the layer-to-layer term.
         distance: `mse` | `l1_cosine`.
+        target_norm: `none` | `layer`: bring each frame of the teacher to zero mean and
+            unit variance, for teachers with dimensions far larger than the others.
 
     Raises:
-        UserError: for an unknown distance, or layers out of order.
+        UserError: for an unknown distance or norm, or layers out of order.
     """
 
     def __init__(
@@ -78,11 +80,16 @@ class HiddenStateLoss(torch.nn.Module):
         teacher_layers: Sequence[int],
         layer_weight: float = 0.5,
         distance: str = "mse",
+        target_norm: str = "none",
     ):
         super().__init__()
         if distance not in DISTANCES:
             raise UserError(
                 f"unknown loss {distance!r}: choose {' or '.join(DISTANCES)}"
+            )
+        if target_norm not in ("none", "layer"):
+            raise UserError(
+                f"unknown target_norm {target_norm!r}: choose none or layer"
             )
         layers = list(teacher_layers)
         if not layers or layers != sorted(set(layers)) or layers[0] < 1:
@@ -90,6 +97,7 @@ class HiddenStateLoss(torch.nn.Module):
                 f"teacher_layers {layers}: list layers from 1 up, in ascending order"
             )
         self.distance = DISTANCES[distance]
+        self.target_norm = target_norm
         self.teacher_layers = layers
         self.layer_weight = layer_weight
         self.output_projection = torch.nn.Linear(student_size, teacher_size)
@@ -114,6 +122,8 @@ class HiddenStateLoss(torch.nn.Module):
             carried_by: the student's running layer, from 1, for each teacher layer;
                 None = `carriers`.
         """
+        if self.target_norm == "layer":
+            teacher = [F.layer_norm(state, state.shape[-1:]) for state in teacher]
         valid = frame_mask(lengths, teacher[0].size(1))
 
         def compare(projection, state, target):

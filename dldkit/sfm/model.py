@@ -30,6 +30,7 @@ class SFMDistillModel(AbsESPnetModel):
             thirds and the end of its depth.
         layer_weight: weight of the layer-to-layer term.
         loss: `mse` | `l1_cosine`.
+        target_norm: `none` | `layer`, see `HiddenStateLoss`.
         student_layers: which of the student's running layers carries which teacher
             layer, for each depth, as {3: [1, 2, 3], 6: [2, 4, 6]}; null = the last
             clone of each group (`dldkit.sfm.loss.carriers`).
@@ -64,6 +65,7 @@ class SFMDistillModel(AbsESPnetModel):
         min_depth: int = 1,
         teacher_size: Optional[int] = None,
         normalize: Optional[bool] = None,
+        target_norm: str = "none",
     ):
         super().__init__()
         if cnn_init not in (None, "teacher"):
@@ -76,6 +78,7 @@ class SFMDistillModel(AbsESPnetModel):
             teacher_layers,
             layer_weight,
             loss,
+            target_norm,
         )
         self.student_layers = _checked(student_layers or {}, len(teacher_layers))
         self.normalize = bool(normalize)

@@ -1,9 +1,10 @@
 """Options of a distillation that are left to the teacher."""
 
+import logging
 from typing import Any
 
 from dldkit.errors import UserError
-from dldkit.sfm.teacher import teacher_info
+from dldkit.sfm.teacher import TeacherInfo, teacher_info
 
 
 def named_teacher(model_conf: dict[str, Any]) -> str:
@@ -21,18 +22,32 @@ def named_teacher(model_conf: dict[str, Any]) -> str:
     return teacher
 
 
+def usual_layers(info: TeacherInfo) -> list[int]:
+    """Return the layers that are learnt: all cached ones, or thirds of the depth."""
+    cached = [layer for layer in info.layers or () if layer > 0]  # 0 is the input
+    return cached or sorted({-(-info.num_layers * i // 3) for i in (1, 2, 3)})
+
+
 def complete(model_conf: dict[str, Any]) -> dict[str, Any]:
     """Return the options with those filled in that the teacher decides."""
     needed = ("teacher_layers", "teacher_size", "normalize")
     if all(model_conf.get(key) is not None for key in needed):
         return model_conf
-    info = teacher_info(named_teacher(model_conf))
-    thirds = sorted({-(-info.num_layers * i // 3) for i in (1, 2, 3)})
-    cached = [layer for layer in info.layers or () if layer > 0]  # 0 is the input
+    teacher = named_teacher(model_conf)
+    info = teacher_info(teacher)
     found = dict(
-        teacher_layers=cached or thirds,
+        teacher_layers=usual_layers(info),
         teacher_size=info.hidden_size,
         normalize=info.normalize,
     )
     given = {k: v for k, v in model_conf.items() if v is not None}
-    return {**model_conf, **found, **given}
+    completed = {**model_conf, **found, **given}
+    layers = completed["teacher_layers"]
+    logging.info(f"layers {layers} of {info.num_layers} of the teacher {teacher}")
+    if layers and max(layers) < info.num_layers:
+        logging.warning(
+            f"teacher_layers {layers}: the teacher {teacher} has {info.num_layers} "
+            f"layers, of which those above {max(layers)} are not learnt; leave "
+            "teacher_layers out to learn its output"
+        )
+    return completed

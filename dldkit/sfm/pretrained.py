@@ -59,11 +59,18 @@ def load_whisper_encoder(
 def expected_speech(path: PathLike) -> tuple[int, bool]:
     """Return the sampling rate of a model on waveforms, and whether it normalises them.
 
-    That is whether it takes waveforms of zero mean and unit variance.
+    That is whether it takes waveforms of zero mean and unit variance. Without a
+    preprocessor config, the model's family says so: those whose CNN has layer norms do.
     """
     try:
         extractor = transformers.AutoFeatureExtractor.from_pretrained(path)
         return extractor.sampling_rate, bool(extractor.do_normalize)
     except (OSError, ValueError):
-        logging.warning(f"{path} has no preprocessor_config.json: takes raw 16 kHz")
-        return 16000, False
+        config = transformers.AutoConfig.from_pretrained(path)
+        norm = getattr(config, "feat_extract_norm", "layer")  # data2vec has no other
+        kind = "normalised" if norm == "layer" else "raw"
+        logging.warning(
+            f"{path} has no preprocessor_config.json: takes {kind} 16 kHz, as models "
+            f"with feat_extract_norm: {norm} do"
+        )
+        return 16000, norm == "layer"

@@ -23,12 +23,14 @@ from dldkit.data.frames import (
 )
 from dldkit.errors import UserError
 from dldkit.sfm.data import FRAME, SHORTEST, TARGETS
+from dldkit.sfm.options import usual_layers
 from dldkit.sfm.teacher import (
     TARGETS_DESCRIPTION,
     CachedTeacher,
     Teacher,
     TeacherInfo,
     open_teacher,
+    teacher_info,
 )
 from dldkit.step import Step, atomic
 
@@ -37,7 +39,7 @@ PathLike = Union[str, Path]
 
 def collect_targets(
     teacher: PathLike,
-    layers: Sequence[int],
+    layers: Optional[Sequence[int]],
     data_dirs: Sequence[PathLike],
     output_dir: PathLike,
     nj: int = 1,
@@ -51,7 +53,8 @@ def collect_targets(
     learn from are left out, with a warning, and listed in `too_short`.
 
     Args:
-        teacher, layers: as `open_teacher` takes them, but no cached targets.
+        teacher, layers: as `open_teacher` takes them, but no cached targets; layers
+            None = `usual_layers`.
         data_dirs: with wav.scp, and utt2num_samples so that files need not be opened
             to estimate the size.
         nj: number of jobs.
@@ -62,7 +65,8 @@ def collect_targets(
             disk that is too small, or a GPU that is not there.
     """
     refuse_missing_gpu(ngpu)
-    output_dir, layers = Path(output_dir), sorted(set(layers))
+    output_dir = Path(output_dir)
+    layers = sorted(set(layers or usual_layers(teacher_info(teacher))))
     opened = open_teacher(teacher, layers)
     if isinstance(opened, CachedTeacher):
         raise UserError(f"{teacher} holds cached targets already: name the model")

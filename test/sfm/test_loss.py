@@ -94,6 +94,27 @@ def test_a_perfect_student_has_no_loss(states):
     assert loss([teacher[0], *teacher], teacher, LENGTHS)[0] == 0
 
 
+def test_target_norm_tames_outlier_dimensions(states):
+    """Each frame of the teacher has zero mean and unit variance, over its dimensions."""
+    student, teacher = states
+    torch.manual_seed(1)
+    loss = HiddenStateLoss(5, 4, [2, 4, 9], target_norm="layer")
+    outliers = [300 * state + 7 for state in teacher]
+    value, _ = loss(student, outliers, LENGTHS)
+    normed = []
+    for state in teacher:
+        spread = state.var(-1, unbiased=False, keepdim=True).sqrt()
+        normed.append((state - state.mean(-1, keepdim=True)) / spread)
+    expected, _ = loss_of()(student, normed, LENGTHS)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert loss_of()(student, outliers, LENGTHS)[0] > 1000 * value
+
+
+def test_refuses_an_unknown_target_norm():
+    with pytest.raises(UserError, match="target_norm 'batch': choose none or layer"):
+        HiddenStateLoss(5, 4, [1], target_norm="batch")
+
+
 def test_each_comparison_has_its_own_projection():
     shapes = {k: tuple(v.shape) for k, v in loss_of().state_dict().items()}
     names = ["output_projection", *(f"layer_projections.{i}" for i in range(3))]

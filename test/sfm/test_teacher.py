@@ -265,12 +265,20 @@ def test_the_description_needs_no_weights(any_teacher):
     assert info.normalize is False and info.layers is None
 
 
-def test_describes_normalisation_as_the_preprocessor_does(wave_teacher, caplog):
+def test_describes_normalisation_as_the_preprocessor_does(wave_teacher):
     _, directory = wave_teacher("hubert_stable")
     assert teacher_info(directory).normalize
+
+
+@pytest.mark.parametrize("family", ["hubert", "hubert_stable", "data2vec_audio"])
+def test_normalises_as_its_family_without_a_preprocessor_config(
+    family, wave_teacher, caplog
+):
+    """Those whose CNN has layer norms take normalised speech."""
+    _, directory = wave_teacher(family)
     (directory / "preprocessor_config.json").unlink()
-    assert not teacher_info(directory).normalize
-    assert "has no preprocessor_config.json" in caplog.text
+    assert teacher_info(directory).normalize == (family != "hubert")
+    assert "has no preprocessor_config.json: takes" in caplog.text
 
 
 def test_half_precision_on_disk_is_computed_in_float32(wave_teacher, waveforms):

@@ -166,7 +166,7 @@ def test_no_checkpoint_holds_the_teacher(trained, teacher):
             assert not any(v.shape == value.shape and same(v, value) for v in secret)
 
 
-def test_the_config_is_enough_without_the_teacher(training, tmp_path):
+def test_the_config_is_enough_without_the_teacher(training, tmp_path, caplog):
     teacher = save_teacher(tmp_path / "teacher")
     directory = tmp_path / "exp"
     main(
@@ -178,6 +178,7 @@ def test_the_config_is_enough_without_the_teacher(training, tmp_path):
             trainer_conf={},
         )
     )
+    assert "are not learnt" not in caplog.text
     shutil.rmtree(teacher)
     config = yaml.safe_load((directory / "config.yaml").read_text())
     found = config["model_conf"]
@@ -191,10 +192,13 @@ def test_the_config_is_enough_without_the_teacher(training, tmp_path):
     assert model.normalize and model.loss.teacher_layers == [2, 4, 6]
 
 
-def test_what_the_config_says_goes_before_the_teacher(training, tmp_path):
+def test_what_the_config_says_goes_before_the_teacher(training, tmp_path, caplog):
     given = dict(teacher_layers=[1, 5], normalize=False)
     directory = tmp_path / "exp"
-    main(training(directory, model_conf=given, dry_run=True))
+    with caplog.at_level("INFO"):
+        main(training(directory, model_conf=given, dry_run=True))
+    assert "layers [1, 5] of 6 of the teacher" in caplog.text
+    assert "those above 5 are not learnt" in caplog.text
     found = yaml.safe_load((directory / "config.yaml").read_text())["model_conf"]
     assert {**given, "teacher_size": 16}.items() <= found.items()
 
@@ -263,6 +267,7 @@ def test_print_config_shows_our_options(monkeypatch):
         teacher_layers=None,
         layer_weight=0.5,
         loss="mse",
+        target_norm="none",
         student_layers=None,
         cnn_init=None,
         freeze_cnn=False,

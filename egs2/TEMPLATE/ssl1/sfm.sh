@@ -211,8 +211,10 @@ if run_stage 4 "${skip_data_prep}"; then stage_filter; fi
 if run_stage 9 "${no_targets}" "${skip_train}"; then
     log "Stage 9: Targets of ${teacher}: ${targets_from}"
     stage_needs "${data_feats}/${train_set}/wav.scp" "stages 3 and 4"
+    layer_options=()
+    if [ -n "${teacher_layers}" ]; then layer_options=(--layers "${teacher_layers}"); fi
     "${python}" -m dldkit.bin.sfm_collect_targets --teacher "${teacher}" \
-        --layers "${teacher_layers}" \
+        "${layer_options[@]}" \
         --data_dirs "${data_feats}/${train_set}" "${data_feats}/${valid_set}" \
         --output_dir "${targets_from}" --nj "${nj}" --ngpu $((ngpu > 0)) "${parallel_options[@]}"
 fi
