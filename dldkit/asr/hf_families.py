@@ -32,6 +32,7 @@ from dldkit.sfm.wave import (
     cnn_features,
     frame_lengths,
     frame_mask,
+    log_mel,
     normalize_speech,
     projected_features,
 )
@@ -313,7 +314,7 @@ class WhisperFamily(torch.nn.Module):
         if not self.pad:
             # beyond the last window that speech falls into: what follows is silence
             size = min((int(lengths.max()) + 2) * self.frame, self.longest)
-        mel = self.log_mel(F.pad(speech, (0, size - speech.size(1))))
+        mel = log_mel(self.mel, F.pad(speech, (0, size - speech.size(1))))
         valid = frame_mask(2 * lengths, mel.size(2))
         mel = self.masking(
             # of WhisperModel, which is not built; it reads `config` and `training`
@@ -329,28 +330,6 @@ class WhisperFamily(torch.nn.Module):
         mel = mel.to(model.conv1.weight.dtype)
         hidden = F.gelu(model.conv2(F.gelu(model.conv1(mel))))
         return hidden.permute(0, 2, 1)
-
-    def log_mel(self, speech: torch.Tensor) -> torch.Tensor:
-        """Return what WhisperFeatureExtractor does (Batch, Mel, Time), on any device.
-
-        Args:
-            speech: (Batch, Samples).
-        """
-        with torch.autocast(speech.device.type, enabled=False):
-            speech = speech.float()
-            window = torch.hann_window(self.mel.n_fft, device=speech.device)
-            spectrum = torch.stft(
-                speech,
-                self.mel.n_fft,
-                self.mel.hop_length,
-                window=window,
-                return_complex=True,
-            )
-            power = (spectrum[..., :-1].abs() ** 2).contiguous()
-            filters = torch.from_numpy(self.mel.mel_filters).to(speech)
-            log_mel = (filters.T @ power).clamp(min=1e-10).log10()
-            log_mel = torch.maximum(log_mel, log_mel.amax((1, 2), keepdim=True) - 8.0)
-            return (log_mel + 4.0) / 4.0
 
     def enter(
         self, model: PreTrainedModel, features: torch.Tensor, lengths: torch.Tensor

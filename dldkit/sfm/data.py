@@ -20,8 +20,7 @@ class CropCollateFn:
 
     Args:
         train: crops begin at random places; otherwise they are taken from the middle.
-        crop: cut all to the shortest one; False = pad to the longest one, which a CNN
-            with GroupNorm (HuBERT-base) hears: its norm is over all of the time.
+        crop: cut all to the shortest one; False = pad to the longest one.
         max_seconds: cut what is longer.
         fs: sampling rate in Hz.
 
@@ -51,6 +50,7 @@ class CropCollateFn:
     ) -> tuple[list[str], dict[str, torch.Tensor]]:
         """Return names and `speech`, `speech_lengths`, ... (Batch, ...).
 
+        `lengths_on_host` has the lengths once more as lists, which stay on the CPU.
         Where the data have `targets`, one for each frame, these are cut as well.
 
         Raises:
@@ -75,7 +75,11 @@ class CropCollateFn:
                 frames = slice(start // FRAME, (start + size) // FRAME)
                 crop[TARGETS] = whole[TARGETS][frames]
             crops.append((utt, crop))
-        return common_collate_fn(crops)
+        utts, batch = common_collate_fn(crops)
+        batch["lengths_on_host"] = {
+            name: [len(crop[name]) for _, crop in crops] for name in crops[0][1]
+        }
+        return utts, batch
 
     def _start(self, spare: int) -> int:
         frames = spare // FRAME

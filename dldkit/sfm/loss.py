@@ -1,7 +1,7 @@
 """How far the student's hidden states are from the teacher's."""
 
 import math
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,22 @@ def l1_cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """
     distance = (student - teacher).abs().mean(-1)
     return distance - F.logsigmoid(F.cosine_similarity(student, teacher, dim=-1))
+
+
+def frame_average(
+    lengths: torch.Tensor, like: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that averages values (Batch, Time) over valid frames.
+
+    Args:
+        lengths: valid frames (Batch,).
+        like: (Batch, Time, ...).
+    """
+    if int(lengths.min()) == like.size(1):
+        return torch.mean
+    count = int(lengths.sum())
+    padding = ~frame_mask(lengths.to(like.device, non_blocking=True), like.size(1))
+    return lambda values: values.masked_fill(padding, 0.0).sum() / count
 
 
 DISTANCES = {"mse": mse, "l1_cosine": l1_cosine}
@@ -118,16 +134,16 @@ class HiddenStateLoss(torch.nn.Module):
             student: hidden states (Batch, Time, Dim): what enters the first running
                 layer, and what comes out of each.
             teacher: hidden states (Batch, Time, Dim), one for each teacher layer.
-            lengths: valid frames (Batch,).
+            lengths: valid frames (Batch,), best on the CPU.
             carried_by: the student's running layer, from 1, for each teacher layer;
                 None = `carriers`.
         """
         if self.target_norm == "layer":
             teacher = [F.layer_norm(state, state.shape[-1:]) for state in teacher]
-        valid = frame_mask(lengths, teacher[0].size(1))
+        average = frame_average(lengths, teacher[0])
 
         def compare(projection, state, target):
-            return self.distance(projection(state), target)[valid].mean()
+            return average(self.distance(projection(state), target))
 
         depth = len(student) - 1
         carried_by = carried_by or carriers(depth, len(teacher))
@@ -153,7 +169,8 @@ def trim(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """Cut two models' hidden states (Batch, Time, Dim) to the frames both have.
 
-    Front ends round differently at the end of the audio, which costs a frame.
+    Lengths are on the CPU. Front ends round differently at the end of the audio, which
+    costs a frame.
 
     Raises:
         UserError: when they differ by more than one frame.

@@ -103,6 +103,7 @@ class SFMDistillModel(AbsESPnetModel):
         speech_lengths: torch.Tensor,
         targets: Optional[torch.Tensor] = None,
         targets_lengths: Optional[torch.Tensor] = None,
+        lengths_on_host: Optional[dict[str, list[int]]] = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return the loss, its parts, and the batch size.
@@ -113,9 +114,16 @@ class SFMDistillModel(AbsESPnetModel):
             targets: of a cached teacher, as ESPnet read them and `CropCollateFn` cut
                 them (Batch, Time, Layers, Dim).
             targets_lengths: (Batch,).
+            lengths_on_host: the same lengths, for which no step has to wait; of
+                `CropCollateFn`.
             kwargs: `utt_id`, a list, for messages.
         """
-        speech = speech[:, : speech_lengths.max()]
+        if lengths_on_host is not None:
+            speech_lengths = torch.tensor(lengths_on_host["speech"])
+            if targets is not None:
+                targets_lengths = torch.tensor(lengths_on_host["targets"])
+        speech_lengths = speech_lengths.cpu()
+        speech = speech[:, : int(speech_lengths.max())]
         teacher = self.open_teacher(speech.device)
         features = self.cnn_features(speech, speech_lengths)
         known = {}
@@ -133,8 +141,9 @@ class SFMDistillModel(AbsESPnetModel):
         loss, stats = self.loss(
             states, expected, lengths, self.student_layers.get(depth)
         )
-        stats.update(loss=loss.detach(), depth=float(depth))
-        return force_gatherable((loss, stats, speech.size(0)), loss.device)
+        stats.update(loss=loss.detach(), depth=loss.new_full((), depth))
+        weight = torch.full((), speech.size(0), device=loss.device)
+        return force_gatherable((loss, stats, weight), loss.device)
 
     def cnn_features(
         self, speech: torch.Tensor, speech_lengths: torch.Tensor
@@ -143,7 +152,7 @@ class SFMDistillModel(AbsESPnetModel):
         if self.normalize:
             speech = normalize_speech(speech, speech_lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_cnn):
-            return cnn_features(self.student, speech)
+            return cnn_features(self.student, speech, speech_lengths)
 
     def hidden_states(
         self, speech: torch.Tensor, speech_lengths: torch.Tensor

@@ -8,6 +8,7 @@ from typing import Any, Optional, Protocol, Sequence, Union
 
 import humanfriendly
 import torch
+import torch.nn.functional as F
 import transformers
 import yaml
 from espnet2.main_funcs.pack_funcs import unpack
@@ -24,7 +25,9 @@ from dldkit.sfm.pretrained import expected_speech, load_pretrained, load_whisper
 from dldkit.sfm.wave import (
     cnn_features,
     frame_lengths,
+    frame_mask,
     hidden_states,
+    log_mel,
     normalize_speech,
     outputs_of,
 )
@@ -53,7 +56,7 @@ class Teacher(Protocol):
 
         Args:
             speech: (Batch, Samples), as it was recorded: the teacher normalises it.
-            speech_lengths: (Batch,).
+            speech_lengths: (Batch,), best on the CPU, where the valid frames are.
             utt_ids: the utterances' names, for messages.
             known: what a kind of teacher need not compute, see there.
 
@@ -155,7 +158,10 @@ def _teacher_class(path: PathLike) -> type:
 
 
 class LiveTeacher:
-    """Forward of a frozen model, up to the deepest layer that is asked for."""
+    """Forward of a frozen model, up to the deepest layer that is asked for.
+
+    It computes in float32, or as the autocast says that it is called in.
+    """
 
     info: TeacherInfo
 
@@ -172,14 +178,10 @@ class LiveTeacher:
             features: (Batch, Time, Channels) of the teacher's own CNN, where they are
                 known already; only for models with `model.feature_extractor`.
         """
-        device = speech.device
-        if next(self.model.parameters()).device != device:
-            self.model.to(device)
-        half = torch.bfloat16
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            half = torch.float16
-        with torch.autocast(device.type, half, enabled=device.type == "cuda"):
-            states, lengths = self.forward(speech, speech_lengths, utt_ids, features)
+        if next(self.model.parameters()).device != speech.device:
+            self.model.to(speech.device)
+        lengths = speech_lengths.cpu()  # where they are in training already
+        states, lengths = self.forward(speech, lengths, utt_ids, features)
         longest = int(lengths.max())
         return [states[layer][:, :longest].float() for layer in self.layers], lengths
 
@@ -236,7 +238,7 @@ class WaveTeacher(LiveTeacher):
         if features is None:
             if self.info.normalize:
                 speech = normalize_speech(speech, speech_lengths)
-            features = cnn_features(self.model, speech)
+            features = cnn_features(self.model, speech, speech_lengths)
         return hidden_states(self.model, features, lengths), lengths
 
 
@@ -280,11 +282,11 @@ class WhisperTeacher(LiveTeacher):
                 self.refuse(utt_ids, place, samples, why)
             if samples < FRAME:
                 self.refuse(utt_ids, place, samples, "too few, filter it away,")
-        waveforms = [s[:n].cpu().numpy() for s, n in zip(speech, speech_lengths)]
-        rate = self.info.sampling_rate
-        mel = self.extract(waveforms, sampling_rate=rate, return_tensors="pt")
+        samples = speech_lengths.to(speech.device, non_blocking=True)
+        heard = speech * frame_mask(samples, speech.size(1))
+        mel = log_mel(self.extract, F.pad(heard, (0, limit - speech.size(1))))
         with outputs_of(self.model.layers) as states:
-            output = self.model(mel.input_features.to(speech.device))
+            output = self.model(mel)
         return [*states[:-1], output.last_hidden_state], lengths
 
 
@@ -333,8 +335,10 @@ class ESPnetTeacher(LiveTeacher):
     def forward(self, speech, speech_lengths, utt_ids, features):
         """Return the hidden states of all layers, and the valid frames."""
         with outputs_of(self.model.encoder.encoders) as states:
-            output, _, lengths = self.model.inference_encode(speech, speech_lengths)
-        return [*states[:-1], output], lengths
+            output, _, lengths = self.model.inference_encode(
+                speech, speech_lengths.to(speech.device)
+            )
+        return [*states[:-1], output], lengths.cpu()
 
 
 class CachedTeacher:

@@ -1,10 +1,14 @@
-"""The parts that HuBERT, WavLM and wav2vec2 of Hugging Face transformers share."""
+"""The parts that HuBERT, WavLM and wav2vec2 of Hugging Face transformers share.
+
+Lengths may lie on the CPU while the rest is on a GPU: what is decided by them then does
+not wait for the GPU.
+"""
 
 from contextlib import contextmanager
 from typing import Iterable, Iterator, Optional
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, WhisperFeatureExtractor
 
 
 def normalize_speech(
@@ -16,6 +20,7 @@ def normalize_speech(
         speech: (Batch, Samples).
         speech_lengths: (Batch,).
     """
+    speech_lengths = speech_lengths.to(speech.device, non_blocking=True)
     valid = frame_mask(speech_lengths, speech.size(1))
     count = speech_lengths[:, None]
     mean = (speech * valid).sum(1, keepdim=True) / count
@@ -34,9 +39,72 @@ def frame_lengths(model: PreTrainedModel, speech_lengths: torch.Tensor) -> torch
     return model._get_feat_extract_output_lengths(speech_lengths).long()
 
 
-def cnn_features(model: PreTrainedModel, speech: torch.Tensor) -> torch.Tensor:
-    """Return the features of the model's CNN front end: (Batch, Time, Channels)."""
-    return model.feature_extractor(speech).transpose(1, 2)
+def cnn_features(
+    model: PreTrainedModel,
+    speech: torch.Tensor,
+    speech_lengths: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Return the features of the model's CNN front end: (Batch, Time, Channels).
+
+    Args:
+        speech: (Batch, Samples).
+        speech_lengths: (Batch,), if speech is padded: a CNN with GroupNorm, whose norm
+            is over all of the time, would hear the padding.
+    """
+    first = model.feature_extractor.conv_layers[0]
+    norm = getattr(first, "layer_norm", None)
+    if (
+        speech_lengths is None
+        or int(speech_lengths.min()) == speech.size(1)
+        or not isinstance(norm, torch.nn.GroupNorm)
+    ):
+        return model.feature_extractor(speech).transpose(1, 2)
+    kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
+    lengths = ((speech_lengths - kernel) // stride + 1).to(speech.device)
+    hook = norm.register_forward_hook(
+        lambda _, args, output: _norm_over_valid(norm, args[0], lengths)
+    )
+    try:
+        return model.feature_extractor(speech).transpose(1, 2)
+    finally:
+        hook.remove()
+
+
+def _norm_over_valid(
+    norm: torch.nn.GroupNorm, x: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Norm each channel of x (Batch, Channels, Time) over its valid frames alone."""
+    valid = frame_mask(lengths, x.size(2))[:, None]
+    count = lengths[:, None, None]
+    x = x.float()
+    centred = x - (x * valid).sum(2, keepdim=True) / count
+    variance = (centred * valid).square().sum(2, keepdim=True) / count
+    normed = centred / (variance + norm.eps).sqrt()
+    return normed * norm.weight[:, None] + norm.bias[:, None]
+
+
+def log_mel(extractor: WhisperFeatureExtractor, speech: torch.Tensor) -> torch.Tensor:
+    """Return what Whisper's extractor does (Batch, Mel, Time), on the speech's device.
+
+    Args:
+        speech: (Batch, Samples).
+    """
+    device = speech.device
+    with torch.autocast(device.type, enabled=False):
+        window = torch.hann_window(extractor.n_fft, device=device)
+        spectrum = torch.stft(
+            speech.float(),
+            extractor.n_fft,
+            extractor.hop_length,
+            window=window,
+            return_complex=True,
+        )
+        power = (spectrum[..., :-1].abs() ** 2).contiguous()
+        filters = torch.from_numpy(extractor.mel_filters).float()
+        mel = filters.to(device, non_blocking=True).T @ power
+        logs = mel.clamp(min=1e-10).log10()
+        logs = torch.maximum(logs, logs.amax((1, 2), keepdim=True) - 8.0)
+        return (logs + 4.0) / 4.0
 
 
 def projected_features(model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
@@ -63,6 +131,7 @@ def hidden_states(
     projected = projected_features(model, features)
     mask = None
     if int(lengths.min()) < features.size(1):
+        lengths = lengths.to(features.device, non_blocking=True)
         mask = frame_mask(lengths, features.size(1))
     with outputs_of(model.encoder.layers.children()) as states:
         output = model.encoder(projected, attention_mask=mask)

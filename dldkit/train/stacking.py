@@ -11,7 +11,6 @@ from typing import Any, Iterator, Optional, Sequence
 import espnet2.train.trainer
 import torch
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
-from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.reporter import Reporter
 from espnet2.train.trainer import TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
@@ -182,16 +181,13 @@ class Stacking:
             if isinstance(output, dict)
             else output[:2]
         )
-        stats.update(
-            force_gatherable(
-                {
-                    "stage": float(self.stage + 1),
-                    "depth": float(len(self.layers.active)),
-                    "step": float(self.place["step"]),
-                },
-                loss.device,
-            )
+        found = dict(
+            stage=self.stage + 1,
+            depth=len(self.layers.active),
+            step=self.place["step"],
         )
+        for name, value in found.items():  # without a wait for the GPU
+            stats[name] = torch.full((1,), float(value), device=loss.device)
 
 
 @dataclass

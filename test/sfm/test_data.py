@@ -41,7 +41,10 @@ def crops(batch):
         targets = batch["targets"][i, :count] - 100000 * i
         expected = starts[-1] + 320 * torch.arange(count)
         assert torch.equal(targets, expected[:, None, None].expand_as(targets))
-    assert set(batch) == {"speech", "speech_lengths", "targets", "targets_lengths"}
+    names = {"speech", "speech_lengths", "targets", "targets_lengths"}
+    assert set(batch) == names | {"lengths_on_host"}
+    for name, lengths in batch["lengths_on_host"].items():
+        assert lengths == batch[f"{name}_lengths"].tolist()
     return starts
 
 

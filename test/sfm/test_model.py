@@ -1,10 +1,12 @@
 import copy
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from espnet2.torch_utils.device_funcs import to_device
 
 from dldkit.errors import UserError
 from dldkit.sfm.data import CropCollateFn
@@ -104,6 +106,66 @@ def test_a_student_that_is_its_teacher_has_no_loss(
     twin = dict(hidden_size=16, num_hidden_layers=3)
     model = make(directory, twin, normalize=normalize)
     assert_a_perfect_student(model, teacher, batch, 1e-9)
+
+
+@pytest.mark.parametrize("family", ["hubert", "hubert_stable", "wavlm"])
+def test_padding_changes_nothing(make, wave_teacher, waveforms, family):
+    """Teacher and student hear each utterance of a batch as if it were alone."""
+    directory = wave_teacher(family)[1]
+    stable = dict(do_stable_layer_norm=True, feat_extract_norm="layer")
+    student = stable if family == "hubert_stable" else {}
+    model = make(directory, student, normalize=True).eval()
+    speech, lengths = waveforms
+    whole, _, _ = model(speech, lengths)
+    one, _, _ = model(speech[:1], lengths[:1])
+    other, _, _ = model(speech[1:, :6010], lengths[1:])
+    frames = 27, 18
+    mean = (frames[0] * one + frames[1] * other) / sum(frames)
+    assert whole.item() == pytest.approx(mean.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["hubert", "hubert_stable", "wavlm", "whisper"])
+@pytest.mark.parametrize("options", [dict(), dict(cnn_init="teacher", freeze_cnn=True)])
+def test_a_step_waits_for_no_value(
+    make, wave_teacher, whisper_teacher, family, options, monkeypatch
+):
+    """On the device `meta` there are no values: whoever asks for one, fails."""
+    if family == "whisper":
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        directory, options = whisper_teacher(WhisperEncoder)[1], {}
+    else:
+        directory = wave_teacher(family)[1]
+    if family == "hubert_stable":
+        options = {}
+    model = make(directory, NO_DROPOUT, normalize=True, **options).train()
+    utterances = [(u, {"speech": np.ones(9000, np.float32)}) for u in "ab"]
+    utts, batch = CropCollateFn(train=True)(utterances)
+    model(**batch)  # opens the teacher, and compares CNNs
+    model.to("meta")
+    # which there is for all devices but this one
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    batch = to_device(batch, "meta")
+    loss, stats, weight = model(**batch, utt_id=utts)
+    loss.sum().backward()
+    assert {x.device.type for x in (loss, weight, *stats.values())} == {"meta"}
+    del batch["lengths_on_host"]  # the test would see that lengths are read back
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        model(**batch)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_the_gpu_waits_for_no_value(make, wave_teacher):
+    model = make(wave_teacher()[1], NO_DROPOUT).cuda().train()
+    utterances = [(u, {"speech": np.ones(9000, np.float32)}) for u in "ab"]
+    _, batch = CropCollateFn(train=True)(utterances)
+    batch = to_device(batch, "cuda")
+    model(**batch)[0].backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**batch)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_takes_speech_as_the_teacher_does(make, waveforms):
