@@ -31,6 +31,7 @@ CHOICES = {
     "bpemode": ["unigram", "bpe"],
     "kd_source": ["live", "cached"],
     "targets": ["live", "cached"],
+    "targets_dtype": ["float16", "int8"],
     "feats_normalize": ["global_mvn", "utterance_mvn", "none"],
     "selector": ["", "even", "prefix"],
     "probe": ["probe", "superb", "none"],
@@ -145,6 +146,8 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
             "facebook/hubert-base-ls960 or openai/whisper-tiny.en is downloaded"
         )
     teacher_layers = OmegaConf.select(config, "model_conf.teacher_layers") or []
+    seconds = OmegaConf.select(config, "collate_fn_conf.max_seconds")
+    settings["segment_seconds"] = str(15.6 if seconds is None else seconds)
     settings["teacher_layers"] = " ".join(map(str, teacher_layers))
     if options["probe"] == "superb" and _runs(options, 13):
         _check_superb(_words(options, "superb_args"))

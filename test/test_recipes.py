@@ -917,12 +917,17 @@ def test_all_stages_of_a_distillation(distilled, speech):
     config = yaml.safe_load((exp / "config.yaml").read_text())
     assert config["model_conf"]["teacher"] == "exp/targets_teacher"
     assert config["trainer_conf"]["depths"] == [2, 4]
-    lengths = table_of(recipe / "dump/raw/train/utt2num_samples")
+    lengths = table_of(recipe / "dump/raw/train_cut2.0/utt2num_samples")
+    assert max(map(int, lengths.values())) <= 32000
     assert table_of(recipe / "exp/sfm_stats/train/speech_shape") == lengths
     assert set(table_of(recipe / "exp/targets_teacher/targets.scp")) == {
         *lengths,
-        *table_of(recipe / "dump/raw/valid/wav.scp"),
+        *table_of(recipe / "dump/raw/valid_cut2.0/wav.scp"),
     }
+    # float16 is all that the cache costs: teacher and student hear the same
+    own = json.loads((exp / "teacher_loss.json").read_text())
+    assert 0 < own["loss"] < 1e-4
+    assert "the teacher's own loss on the student's input: loss=" in printed
     # the average holds epochs of full depth alone: the last two of four
     averaged = os.readlink(exp / "valid.loss.ave.pth")
     average, third, fourth = (

@@ -1,4 +1,8 @@
-"""Batches of unlabelled speech: crops, or padding."""
+"""Batches of unlabelled speech: crops, or padding.
+
+Cached targets are those of whole utterances, which for teacher and student are the same
+only if the student hears them whole. So these are padded, never cropped.
+"""
 
 from typing import Collection, Sequence
 
@@ -9,6 +13,7 @@ from espnet2.train.collate_fn import common_collate_fn
 from dldkit.data.audio import BadAudio, declared_length
 from dldkit.data.datadir import read_table, splits_of
 from dldkit.errors import UserError
+from dldkit.sfm.int8 import unpack
 
 FRAME = 320  # samples: a frame of HuBERT, WavLM, wav2vec2 and Whisper; crops keep to it
 SHORTEST = 2 * FRAME
@@ -20,7 +25,8 @@ class CropCollateFn:
 
     Args:
         train: crops begin at random places; otherwise they are taken from the middle.
-        crop: cut all to the shortest one; False = pad to the longest one.
+        crop: cut all to the shortest one; False, or with cached targets = pad to the
+            longest one.
         max_seconds: cut what is longer.
         fs: sampling rate in Hz.
 
@@ -51,11 +57,11 @@ class CropCollateFn:
         """Return names and `speech`, `speech_lengths`, ... (Batch, ...).
 
         `lengths_on_host` has the lengths once more as lists, which stay on the CPU.
-        Where the data have `targets`, one for each frame, these are cut as well.
+        The data may have cached `targets`, one for each frame.
 
         Raises:
-            UserError: when an utterance is shorter than two frames, or its targets are
-                those of other audio.
+            UserError: when an utterance is shorter than two frames, or has cached
+                targets of other audio, or of more than `max_seconds`.
         """
         sizes = [int(min(len(d["speech"]), self.max_samples)) for _, d in data]
         if min(sizes) < SHORTEST:
@@ -64,16 +70,18 @@ class CropCollateFn:
                 f"utterance {utt} is too short to learn from ({min(sizes)} samples): "
                 "leave short ones out (stage 4, --min_wav_duration)"
             )
-        if self.crop:
+        if self.crop and TARGETS not in data[0][1]:
             sizes = [min(sizes)] * len(sizes)
         crops = []
         for (utt, whole), size in zip(data, sizes):
             start = self._start(len(whole["speech"]) - size)
             crop = {"speech": whole["speech"][start : start + size]}
             if TARGETS in whole:
-                _refuse_others_targets(utt, whole)
-                frames = slice(start // FRAME, (start + size) // FRAME)
-                crop[TARGETS] = whole[TARGETS][frames]
+                targets = whole[TARGETS]
+                crop[TARGETS] = (
+                    unpack(targets) if targets.dtype.kind == "i" else targets
+                )
+                self._refuse_others_targets(utt, len(whole["speech"]), crop)
             crops.append((utt, crop))
         utts, batch = common_collate_fn(crops)
         batch["lengths_on_host"] = {
@@ -87,16 +95,24 @@ class CropCollateFn:
         frame = np.random.randint(frames + 1) if self.train else frames // 2
         return int(frame) * FRAME
 
-
-def _refuse_others_targets(utt: str, whole: dict[str, np.ndarray]) -> None:
-    samples, frames = len(whole["speech"]), len(whole[TARGETS])
-    # HuBERT's CNN gives a frame less where the last one would need more samples
-    if abs(frames - samples // FRAME) > 1:
-        raise UserError(
-            f"utterance {utt} has {samples} samples and {frames} cached targets, one "
-            f"for {FRAME} samples: they were collected from other audio; collect them "
-            "again (python -m dldkit.bin.sfm_collect_targets)"
-        )
+    def _refuse_others_targets(
+        self, utt: str, samples: int, crop: dict[str, np.ndarray]
+    ) -> None:
+        frames = len(crop[TARGETS])
+        # HuBERT's CNN gives a frame less where the last one would need more samples
+        if abs(frames - samples // FRAME) > 1:
+            raise UserError(
+                f"utterance {utt} has {samples} samples and {frames} cached targets, "
+                f"one for {FRAME} samples: they were collected from other audio; "
+                "collect them again (python -m dldkit.bin.sfm_collect_targets)"
+            )
+        if samples > len(crop["speech"]):
+            raise UserError(
+                f"utterance {utt} is longer than max_seconds "
+                f"({self.max_samples / self.fs:g} s), and its cached targets are those "
+                "of all of it: cut the data into segments (python -m "
+                "dldkit.bin.sfm_cut_data) and collect them again, or set max_seconds"
+            )
 
 
 def refuse_other_rates(

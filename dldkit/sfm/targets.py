@@ -23,6 +23,7 @@ from dldkit.data.frames import (
 )
 from dldkit.errors import UserError
 from dldkit.sfm.data import FRAME, SHORTEST, TARGETS
+from dldkit.sfm.int8 import pack
 from dldkit.sfm.options import usual_layers
 from dldkit.sfm.teacher import (
     TARGETS_DESCRIPTION,
@@ -35,6 +36,7 @@ from dldkit.sfm.teacher import (
 from dldkit.step import Step, atomic
 
 PathLike = Union[str, Path]
+BYTES = {"float16": 2, "int8": 1}  # of a value
 
 
 def collect_targets(
@@ -45,11 +47,12 @@ def collect_targets(
     nj: int = 1,
     parallel_config: Optional[str] = None,
     ngpu: int = 0,
+    dtype: str = "float16",
 ) -> None:
     """Write a teacher's hidden states of all utterances to Kaldi arks.
 
-    They are float16 (Time, Layers, Dim). A finished collection is kept; an interrupted
-    one continues with the parts that are missing. Utterances that are too short to
+    They are (Time, Layers, Dim), computed in float32. A finished collection is kept; an
+    interrupted one continues with the parts that are missing. Utterances that are too short to
     learn from are left out, with a warning, and listed in `too_short`.
 
     Args:
@@ -59,11 +62,14 @@ def collect_targets(
             to estimate the size.
         nj: number of jobs.
         ngpu: 1 = the jobs compute on the GPU, 0 = on the CPU.
+        dtype: `float16`, or `int8`, see `dldkit.sfm.int8`.
 
     Raises:
         UserError: for a teacher that can not be opened, audio that it can not take, a
             disk that is too small, or a GPU that is not there.
     """
+    if dtype not in BYTES:
+        raise UserError(f"unknown dtype {dtype!r}: choose {' or '.join(BYTES)}")
     refuse_missing_gpu(ngpu)
     output_dir = Path(output_dir)
     layers = sorted(set(layers or usual_layers(teacher_info(teacher))))
@@ -75,7 +81,7 @@ def collect_targets(
 
     files = {f"{i} wav.scp": Path(d) / "wav.scp" for i, d in enumerate(data_dirs)}
     made_from = dict(teacher=model_digest(opened.model), info=asdict(opened.info))
-    with Step(output_dir, files, layers=layers, **made_from) as step:
+    with Step(output_dir, files, layers=layers, dtype=dtype, **made_from) as step:
         if step.done:
             return
         _refuse_small_disk(
@@ -84,10 +90,11 @@ def collect_targets(
             [_lengths(data_dir) for data_dir in data_dirs],
             opened.info,
             len(layers),
+            BYTES[dtype],
             output_dir,
         )
         write = functools.partial(
-            _write, str(teacher), tuple(layers), bool(ngpu), tables
+            _write, str(teacher), tuple(layers), bool(ngpu), dtype, tables
         )
         collect(output_dir, TARGETS, parts, write, nj, parallel_config)
         # it comes last: what looks for cached targets looks for this file
@@ -103,6 +110,7 @@ def _refuse_small_disk(
     lengths: Sequence[dict[str, int]],
     info: TeacherInfo,
     layers: int,
+    bytes_per_value: int,
     output: Path,
 ) -> None:
     """Log the size of what is to be written, and refuse it if there is no room."""
@@ -110,7 +118,7 @@ def _refuse_small_disk(
     for part in parts:
         table, known = tables[part.source], lengths[part.source]
         samples += sum(known.get(u) or _samples_of(u, table[u]) for u in part.utts)
-    size = samples // FRAME * layers * info.hidden_size * 2  # bytes
+    size = samples // FRAME * layers * info.hidden_size * bytes_per_value
     free = shutil.disk_usage(output).free
     needed = humanfriendly.format_size(size, binary=True)
     message = (
@@ -141,6 +149,7 @@ def _samples_of(utt: str, wav: str) -> int:
 @functools.lru_cache(maxsize=1)
 def _open(teacher: str, layers: tuple[int, ...], gpu: bool) -> Teacher:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32, as in a training on the CPU
     return open_teacher(teacher, layers, "cuda" if gpu else "cpu")
 
 
@@ -148,6 +157,7 @@ def _write(
     teacher: str,
     layers: tuple[int, ...],
     gpu: bool,
+    dtype: str,
     tables: Sequence[Table],
     part: Part,
 ) -> None:
@@ -158,12 +168,14 @@ def _write(
         samples = speech.size(1)
         if samples < SHORTEST:
             return None
-        lengths = torch.full((len(utts),), samples, device=device)
+        lengths = torch.full((len(utts),), samples)
         states, _ = opened(speech.to(device), lengths, utts)
-        targets = torch.stack(states, 2).half().cpu().numpy()
-        for utt, array in zip(utts, targets):
+        targets = torch.stack(states, 2).cpu()
+        for utt, array in zip(utts, targets.half().numpy()):
             _refuse_unfit(utt, array, samples)
-        return targets
+        if dtype == "int8":
+            return [pack(array) for array in targets.numpy()]
+        return targets.half().numpy()
 
     table, rate = tables[part.source], opened.info.sampling_rate
     part.write({utt: _read(utt, table[utt], rate) for utt in part.utts}, forward)

@@ -352,13 +352,13 @@ class CachedTeacher:
                 f"{lacking}: collect them again with all that you want"
             )
         self.path, self.info, self.layers = path, info, layers
+        self.made_by = _read_description(path)["teacher"]
         self.columns = [info.layers.index(layer) for layer in layers]
 
     @staticmethod
     def describe(path: PathLike) -> TeacherInfo:
         """Read teacher.yaml."""
-        file = Path(path) / TARGETS_DESCRIPTION
-        description = yaml.safe_load(file.read_text(encoding="utf-8"))
+        description = _read_description(path)
         del description["teacher"]
         return TeacherInfo(**description)
 
@@ -373,14 +373,20 @@ class CachedTeacher:
         """Return what `Teacher` promises.
 
         Args:
-            targets: what was cached for the batch's crops (Batch, Time, Layers, Dim).
+            targets: what was cached for the batch (Batch, Time, Layers, Dim).
             targets_lengths: (Batch,).
         """
         if targets is None:
             raise UserError(
                 f"the batch has no targets of {self.path}: only training reads them"
             )
-        return [targets[:, :, column] for column in self.columns], targets_lengths
+        states = [targets[:, :, column] for column in self.columns]
+        return states, targets_lengths.cpu()
+
+
+def _read_description(path: PathLike) -> dict[str, Any]:
+    file = Path(path) / TARGETS_DESCRIPTION
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def _read_config(path: PathLike) -> transformers.PretrainedConfig:

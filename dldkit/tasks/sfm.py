@@ -71,8 +71,10 @@ class SFMDistillTask(TrainerChoice, AbsTask):
             if iter_options.batch_type == "sorted":
                 factory.sampler = LengthBuckets(list(factory.sampler), samples)
             collate = iter_options.collate_fn
+            names = [name for _, name, _ in iter_options.data_path_and_name_and_type]
+            crop = collate.crop and TARGETS not in names
             epoch = factory.build_iter(1).batch_sampler
-            report_used(epoch, samples, collate.crop, collate.max_samples, collate.fs)
+            report_used(epoch, samples, crop, collate.max_samples, collate.fs)
         return factory
 
     @classmethod

@@ -1,10 +1,15 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from espnet2.samplers.build_batch_sampler import build_batch_sampler
 
 from dldkit.sfm.batches import GRID, LengthBuckets, report_used
+from dldkit.sfm.segments import segments_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Seconds, of which a twentieth of 251 utterances of train-clean-100 lies between two
 QUANTILES = [1.64, 3.74, 5.26, 8.04, 9.85, 11.3, 12.26, 12.84, 13.32, 13.77, 14.1]
@@ -90,3 +95,24 @@ def test_ranks_have_batches_of_the_same_lengths(samples, espnets):
     for batches in zip(*ranks):
         longest = [max(samples[utt] for utt in batch) for batch in batches]
         assert abs(longest[0] - longest[1]) < 0.5 * 16000
+
+
+@pytest.mark.parametrize("recipe", ["digits", "librispeech"])
+def test_every_config_uses_the_audio(recipe, samples, tmp_path):
+    """After stage 4 has cut it to the config's max_seconds."""
+    config = yaml.safe_load(
+        (ROOT / f"egs2/{recipe}/ssl1/conf/train_sfm.yaml").read_text()
+    )
+    seconds = config["collate_fn_conf"]["max_seconds"]
+    cut = {
+        f"{utt}-{i}": end - begin
+        for utt, n in samples.items()
+        for i, (begin, end) in enumerate(segments_of(n, 16000 * seconds))
+    }
+    assert sum(cut.values()) > 0.97 * sum(samples.values())
+    (tmp_path / "shapes").write_text("".join(f"{u} {n}\n" for u, n in cut.items()))
+    shapes, size = [str(tmp_path / "shapes")], config["batch_size"]
+    batches = list(build_batch_sampler(config["batch_type"], size, 0, shapes))
+    assert not config.get("shuffle_within_batch")
+    share = used(LengthBuckets(batches, cut), cut, max_seconds=seconds)
+    assert share * sum(cut.values()) > 0.95 * sum(samples.values())

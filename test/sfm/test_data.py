@@ -4,29 +4,28 @@ import torch
 
 from dldkit.errors import UserError
 from dldkit.sfm.data import CropCollateFn
+from dldkit.sfm.int8 import pack
 
 LENGTHS = dict(a=20000, b=9333, c=12800)
 
 
 @pytest.fixture
 def utterances():
-    """Each sample, and each target, says where in which utterance it was."""
+    """Each sample says where in which utterance it was."""
     return [
-        (
-            utt,
-            {
-                "speech": np.arange(n, dtype=np.float32) + 100000 * i,
-                "targets": frames(n, i),
-            },
-        )
+        (utt, {"speech": np.arange(n, dtype=np.float32) + 100000 * i})
         for i, (utt, n) in enumerate(LENGTHS.items())
     ]
 
 
-def frames(samples, utt):
-    """Targets (Time, Layers, Dim): the CNN of HuBERT begins a frame every 320."""
-    place = np.arange((samples - 400) // 320 + 1) * 320 + 100000 * utt
-    return np.broadcast_to(place[:, None, None], (len(place), 3, 4)).astype(np.float32)
+@pytest.fixture
+def cached(utterances):
+    """The same with targets (Time, Layers, Dim), a frame of 320 samples each."""
+    rng = np.random.default_rng(0)
+    for _, data in utterances:
+        frames = (len(data["speech"]) - 400) // 320 + 1
+        data["targets"] = rng.standard_normal((frames, 3, 4)).astype(np.float16)
+    return utterances
 
 
 def crops(batch):
@@ -36,15 +35,8 @@ def crops(batch):
         row = row[:n] - 100000 * i
         assert torch.equal(row, row[0] + torch.arange(n))
         starts.append(int(row[0]))
-        count = int(batch["targets_lengths"][i])
-        assert n // 320 - 1 <= count <= n // 320
-        targets = batch["targets"][i, :count] - 100000 * i
-        expected = starts[-1] + 320 * torch.arange(count)
-        assert torch.equal(targets, expected[:, None, None].expand_as(targets))
-    names = {"speech", "speech_lengths", "targets", "targets_lengths"}
-    assert set(batch) == names | {"lengths_on_host"}
-    for name, lengths in batch["lengths_on_host"].items():
-        assert lengths == batch[f"{name}_lengths"].tolist()
+    assert set(batch) == {"speech", "speech_lengths", "lengths_on_host"}
+    assert batch["lengths_on_host"] == {"speech": batch["speech_lengths"].tolist()}
     return starts
 
 
@@ -121,8 +113,6 @@ def test_padding_crops_what_is_longer_than_max_seconds(utterances):
 @pytest.mark.parametrize("crop", [True, False])
 def test_names_the_utterance_that_is_too_short(utterances, crop):
     collate = CropCollateFn(train=True, crop=crop)
-    for _, data in utterances:
-        del data["targets"]
     short = utterances[1][1]["speech"]
     collate([utterances[0], ("b", {"speech": short[:640]})])
     with pytest.raises(UserError, match=r"utterance b is too short .*\(639 samples\)"):
@@ -135,7 +125,36 @@ def test_does_not_blame_an_utterance_for_max_seconds(utterances, max_seconds):
         CropCollateFn(train=True, max_seconds=max_seconds)(utterances)
 
 
-def test_targets_of_other_audio_are_refused(utterances):
-    utterances[1][1]["targets"] = utterances[1][1]["targets"][:-2]
+@pytest.mark.parametrize("crop", [True, False])
+def test_what_has_cached_targets_is_heard_whole(cached, crop):
+    _, batch = CropCollateFn(train=True, crop=crop)(cached)
+    for name in ("speech", "targets"):
+        lengths = [len(data[name]) for _, data in cached]
+        assert batch["lengths_on_host"][name] == lengths
+        assert batch[f"{name}_lengths"].tolist() == lengths
+        for row, (_, data) in zip(batch[name], cached):
+            n = len(data[name])
+            assert np.array_equal(row[:n].numpy(), data[name]) and not row[n:].any()
+
+
+def test_targets_in_eight_bits_are_unpacked(cached):
+    """ESPnet gives integers as int64."""
+    whole = CropCollateFn(train=True)(cached)[1]["targets"]
+    for _, data in cached:
+        packed = pack(data["targets"].astype(np.float32))
+        assert packed.dtype == np.int8
+        data["targets"] = packed.astype(np.int64)
+    found = CropCollateFn(train=True)(cached)[1]["targets"]
+    assert found.dtype == torch.float32 and found.shape == whole.shape
+    assert 0 < (found - whole.float()).abs().max() < 0.02
+
+
+def test_targets_of_more_than_is_heard_are_refused(cached):
+    with pytest.raises(UserError, match=r"a is longer .*\(1 s\).*sfm_cut_data"):
+        CropCollateFn(train=True, max_seconds=1.0)(cached)
+
+
+def test_targets_of_other_audio_are_refused(cached):
+    cached[1][1]["targets"] = cached[1][1]["targets"][:-2]
     with pytest.raises(UserError, match="b has 9333 samples and 26 cached targets"):
-        CropCollateFn(train=True)(utterances)
+        CropCollateFn(train=True)(cached)

@@ -59,6 +59,7 @@ def batch(data_dirs):
             for utt, values in data:
                 values.update(stored[utt][1])
         _, tensors = CropCollateFn(train=True, crop=False)(data)
+        del tensors["lengths_on_host"]
         return dict(tensors, utt_ids=list(utts))
 
     return padded
@@ -293,6 +294,30 @@ def test_estimates_the_size_before_it_writes(
     assert "2 layer(s) of 16 values: 11.31 KiB" in caplog.text
     stored = sum(array.nbytes for array in read(cache).values())
     assert 0.9 * size < stored <= size
+
+
+def test_eight_bits_take_half_the_size(hubert, data_dirs, batch, tmp_path):
+    """With the scale of each dimension, an outlier costs the others nothing."""
+    collect_targets(hubert, [1, 3], data_dirs, tmp_path / "whole")
+    collect_targets(hubert, [1, 3], data_dirs, tmp_path / "eight", dtype="int8")
+    for utt in LENGTHS:
+        whole, eight = (read(tmp_path / name)[utt] for name in ("whole", "eight"))
+        assert eight.dtype == np.int8 and eight.nbytes < 0.6 * whole.nbytes
+        states = [
+            open_teacher(tmp_path / name, [1, 3])(**batch(utt, cache=tmp_path / name))
+            for name in ("whole", "eight")
+        ]
+        for exact, rounded in zip(states[0][0], states[1][0]):
+            limit = exact.abs().amax(1) / 127
+            assert ((exact - rounded).abs().amax(1) <= limit).all()
+            assert 0 < (exact - rounded).square().mean() / exact.var() < 1e-3
+    with pytest.raises(UserError, match="unknown dtype 'int4': choose float16 or"):
+        collect_targets(hubert, [1], data_dirs, tmp_path / "four", dtype="int4")
+
+
+def test_layers_that_are_left_open_are_thirds(hubert, data_dirs, tmp_path):
+    collect_targets(hubert, None, data_dirs, tmp_path / "cache")
+    assert teacher_info(tmp_path / "cache").layers == [1, 2, 3]
 
 
 def test_refuses_what_was_not_collected(hubert, data_dirs, batch, tmp_path):

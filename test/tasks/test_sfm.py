@@ -12,9 +12,12 @@ import yaml
 from espnet2.train.distributed_utils import DistributedOption
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
+from dldkit.bin import sfm_teacher_loss
 from dldkit.bin.sfm_distill_train import main
 from dldkit.sfm.batches import LengthBuckets
+from dldkit.sfm.segments import cut_data
 from dldkit.sfm.targets import collect_targets
+from dldkit.sfm.teacher_loss import teacher_loss
 from dldkit.tasks.sfm import SFMDistillTask
 
 RATE = 8000  # of the recordings
@@ -354,7 +357,9 @@ class TestCachedTargets:
         collect_targets(copy, [3, 6], [corpus.train, corpus.dev], cache)
         shutil.rmtree(copy)
         conf = dict(teacher=str(cache), cnn_init=None)
-        main(training(tmp_path / "exp", model_conf=conf, num_workers=1))
+        whole = dict(max_seconds=9.0, fs=RATE)
+        arguments = dict(model_conf=conf, collate_fn_conf=whole, num_workers=1)
+        main(training(tmp_path / "exp", **arguments))
         config = yaml.safe_load((tmp_path / "exp" / "config.yaml").read_text())
         assert config["model_conf"]["teacher_layers"] == [3, 6]
         epochs = load(tmp_path / "exp" / "checkpoint.pth")["reporter"]["stats"]
@@ -373,7 +378,37 @@ class TestCachedTargets:
         (data / "wav.scp").write_text(scp.replace(str(corpus.train), str(data)))
         collect_targets(teacher, [6], [data, corpus.dev], cache)
         conf = dict(teacher=str(cache), cnn_init=None)
-        arguments = training(tmp_path / "exp", model_conf=conf, num_workers=1)
+        whole = dict(max_seconds=9.0, fs=RATE)
+        changes = dict(model_conf=conf, collate_fn_conf=whole, num_workers=1)
+        arguments = training(tmp_path / "exp", **changes)
         last = error_of(arguments, capsys)
         assert last.startswith("error: utterance c has ")
         assert "cached targets" in last and "Traceback" not in last
+
+
+def test_the_teacher_s_own_loss(training, corpus, teacher, tmp_path, capsys):
+    """Nothing with a live teacher, and what float16 costs with cached targets."""
+    data = []
+    for part, source in (("train", corpus.train), ("dev", corpus.dev)):
+        cut_data(str(source), str(tmp_path / part), 0.3, RATE, "wav")
+        data.append(tmp_path / part)
+    collect_targets(teacher, [3, 6], data, tmp_path / "cache")
+    losses = {}
+    for name in (str(teacher), str(tmp_path / "cache")):
+        conf = dict(teacher=name, cnn_init=None, teacher_layers=[3, 6])
+        exp = tmp_path / f"exp{len(losses)}"
+        arguments = training(exp, model_conf=conf, max_epoch=1, batch_type="sorted")
+        file = Path(arguments[1])
+        config = yaml.safe_load(file.read_text())
+        for part, directory in zip(("train", "valid"), data):
+            config[f"{part}_data_path_and_name_and_type"][0][0] = f"{directory}/wav.scp"
+            config[f"{part}_shape_file"] = [f"{directory}/utt2num_samples"]
+        file.write_text(yaml.safe_dump(config))
+        main(arguments)
+        losses[name] = teacher_loss(str(exp / "config.yaml"))
+    live, cached = losses.values()
+    assert list(live) == ["loss", "loss_output", "loss_layer3", "loss_layer6"]
+    assert set(live.values()) == {0.0}
+    assert all(0 < value < 1e-4 for value in cached.values())
+    sfm_teacher_loss.main(["--config", str(exp / "config.yaml")])
+    assert "own loss on the student's input: loss=" in capsys.readouterr().out

@@ -47,6 +47,7 @@ max_wav_duration=30  # longer ones too (seconds)
 ## Teacher
 teacher=  # directory or Hugging Face name of HuBERT, WavLM, wav2vec2 or Whisper; empty: $TEACHER
 targets=live  # live (the teacher runs beside the student) or cached (stage 9 writes what it says)
+targets_dtype=float16  # of cached targets: float16, or int8 at half the size
 
 ## Student
 system=full  # how the student grows: a file of conf/systems_ssl
@@ -83,6 +84,7 @@ template=$(dirname "$(readlink -f "$0")")
 
 systems="${template%/egs2/*}/conf/systems_ssl"
 teacher_layers= # what the config says
+segment_seconds= # its max_seconds
 check_options sfm "${systems}"
 
 #
@@ -105,6 +107,8 @@ sfm_stats_dir=${expdir}/sfm_stats # of the data alone, so that systems share the
 data_feats=${dumpdir}/raw
 data_type=sound
 if [[ ${audio_format} == *.ark ]]; then data_type=kaldi_ark; fi
+train_dir=${data_feats}/${train_set}_cut${segment_seconds} # what stage 4 cuts
+valid_dir=${data_feats}/${valid_set}_cut${segment_seconds}
 other_sets=${probe_sets}
 format_options=()
 filter_options=(--min_length "${min_wav_duration}" --max_length "${max_wav_duration}")
@@ -119,13 +123,18 @@ set_data_options() { # data_options: what sfm_distill_train has to know of the d
     local set
     data_options=()
     for set in train valid; do
-        local dir=${data_feats}/${train_set}
-        if [ "${set}" == valid ]; then dir=${data_feats}/${valid_set}; fi
+        local dir=${train_dir}
+        if [ "${set}" == valid ]; then dir=${valid_dir}; fi
         stage_needs "${dir}/wav.scp" "stages 3 and 4"
         data_options+=(
             "--${set}_data_path_and_name_and_type" "${dir}/wav.scp,speech,${data_type}"
         )
     done
+}
+
+cut_data() { # cut_data SRC DST: what teacher and student hear, in every epoch the same
+    "${python}" -m dldkit.bin.sfm_cut_data "$1" "$2" --max_seconds "${segment_seconds}" \
+        --fs "${fs}" --audio_format "${audio_format}" --nj "${nj}" "${parallel_options[@]}"
 }
 
 configure() { # write ${sfm_exp}/train.yaml
@@ -203,19 +212,24 @@ if run_stage 1 "${skip_data_prep}"; then
 fi
 
 if run_stage 3 "${skip_data_prep}"; then stage_format; fi
-if run_stage 4 "${skip_data_prep}"; then stage_filter; fi
+if run_stage 4 "${skip_data_prep}"; then
+    stage_filter
+    log "Stage 4: Segments of ${segment_seconds} s at most: ${train_dir} ${valid_dir}"
+    cut_data "${data_feats}/${train_set}" "${train_dir}"
+    cut_data "${data_feats}/${valid_set}" "${valid_dir}"
+fi
 
 #
 # Distillation
 #
 if run_stage 9 "${no_targets}" "${skip_train}"; then
     log "Stage 9: Targets of ${teacher}: ${targets_from}"
-    stage_needs "${data_feats}/${train_set}/wav.scp" "stages 3 and 4"
+    stage_needs "${train_dir}/wav.scp" "stages 3 and 4"
     layer_options=()
     if [ -n "${teacher_layers}" ]; then layer_options=(--layers "${teacher_layers}"); fi
     "${python}" -m dldkit.bin.sfm_collect_targets --teacher "${teacher}" \
         "${layer_options[@]}" \
-        --data_dirs "${data_feats}/${train_set}" "${data_feats}/${valid_set}" \
+        --data_dirs "${train_dir}" "${valid_dir}" --dtype "${targets_dtype}" \
         --output_dir "${targets_from}" --nj "${nj}" --ngpu $((ngpu > 0)) "${parallel_options[@]}"
 fi
 
@@ -232,6 +246,8 @@ if run_stage 11 "${skip_train}"; then
     fi
     configure
     train_model
+    "${python}" -m dldkit.bin.sfm_teacher_loss --config "${sfm_exp}/config.yaml" \
+        --teacher "${teacher}" --output_json "${sfm_exp}/teacher_loss.json"
 fi
 
 if run_stage 12; then

@@ -70,6 +70,7 @@ def table(
     trainings: dict[str, list[Training]],
     step_times: dict[str, Optional[float]],
     scores: dict[str, list[dict[str, list[float]]]],
+    teacher_loss: Optional[float] = None,
 ) -> str:
     """Return the table.
 
@@ -77,6 +78,7 @@ def table(
         trainings: of each system, one for each seed.
         step_times: of each system, the ratio to `full`, if it was measured.
         scores: of each row's upstreams, each score with every seed of the probe.
+        teacher_loss: its own loss on the student's input.
     """
     heads = ["trainings", "time of training (s)", "ratio to full", "step time"]
     heads += ["validation loss", *SCORES.values()]
@@ -84,6 +86,8 @@ def table(
     full = trainings.get("full")
     for name, upstreams in scores.items():
         cells = [""] * 5
+        if name == "teacher" and teacher_loss is not None:
+            cells[4] = f"{teacher_loss:.1e}"
         if name in trainings:
             runs = trainings[name]
             seconds = [run.seconds for run in runs]
@@ -135,13 +139,16 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         trainings.setdefault(system, []).append(read_training(exp))
         step_times[system] = step_time(exp, measured)
         scores.setdefault(system, []).append(probed[run])
+    first = expdir / f"sfm_{args.runs[0]}" / "teacher_loss.json"
+    teacher_loss = read_json(first).get("loss")
     body = [
         "Mean ± standard deviation: of time and loss over the trainings, of the scores "
         "over the trainings and the probe's seeds. Where there is one training, the "
         "spread is the probe's alone. Time is that of all training steps; step time is "
-        "the ratio to full that bench/step_time.py measures side by side.",
+        "the ratio to full that bench/step_time.py measures side by side. The "
+        "teacher's loss is its own on what the students hear.",
         "",
-        table(trainings, step_times, scores),
+        table(trainings, step_times, scores, teacher_loss),
         "",
         f"Made by `{args.command.strip()}` on {date.today()} with espnet "
         f"{espnet.__version__}, torch {torch.__version__}, Python "

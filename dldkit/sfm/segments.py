@@ -1,0 +1,70 @@
+"""The corpus in segments: what teacher and student hear alone, in every epoch."""
+
+import logging
+from pathlib import Path
+from typing import Optional
+
+from dldkit.data.datadir import read_table, write_data_dir
+from dldkit.data.format import Format, format_data
+from dldkit.errors import UserError
+from dldkit.sfm.batches import GRID
+from dldkit.sfm.data import SHORTEST
+
+
+def segments_of(samples: int, most: float) -> list[tuple[int, int]]:
+    """Cut into equal segments of at most `most` samples; return their begins and ends.
+
+    Their length is a multiple of `GRID`, so that batches of equally long ones can be
+    had; what is left of each, less than `GRID`, is lost.
+    """
+    parts = max(1, -int(-samples // most))
+    share = samples // parts
+    kept = share // GRID * GRID or share
+    return [(i * share, i * share + kept) for i in range(parts)]
+
+
+def cut_data(
+    src: str,
+    dst: str,
+    max_seconds: float,
+    fs: int,
+    audio_format: str = "flac",
+    nj: int = 1,
+    parallel_config: Optional[str] = None,
+) -> None:
+    """Write a formatted data directory in segments; a finished `dst` is kept.
+
+    Args:
+        src: with wav.scp and utt2num_samples; text is left out.
+        max_seconds: no segment is longer.
+        fs: sampling rate in Hz.
+        nj: number of jobs.
+
+    Raises:
+        UserError: `max_seconds` is too short, or `src` is no formatted directory.
+    """
+    if max_seconds * fs < SHORTEST:
+        raise UserError(
+            f"max_seconds {max_seconds} is too short to learn from: choose "
+            f"{SHORTEST / fs} or more"
+        )
+    tables = {
+        name: read_table(Path(src) / name) for name in ("wav.scp", "utt2num_samples")
+    }
+    file = Path(src) / "utt2spk"
+    speaker_of = read_table(file) if file.is_file() else {}
+    segments, speakers, kept = {}, {}, 0
+    for utt, samples in tables["utt2num_samples"].items():
+        for i, (begin, end) in enumerate(segments_of(int(samples), max_seconds * fs)):
+            segments[f"{utt}-{i:03d}"] = f"{utt} {begin / fs} {end / fs}"
+            speakers[f"{utt}-{i:03d}"] = speaker_of.get(utt, utt)
+            kept += end - begin
+    whole = sum(map(int, tables["utt2num_samples"].values()))
+    logging.info(
+        f"{src} -> {dst}: {len(segments)} segments of {len(tables['wav.scp'])} "
+        f"utterances, {kept / whole:.1%} of {whole / fs / 3600:.2f} h"
+    )
+    plan = Path(f"{dst}.plan")
+    write_data_dir(plan, wav_scp=tables["wav.scp"], utt2spk=speakers, segments=segments)
+    form = Format(fs=fs, audio_format=audio_format)
+    format_data(str(plan), dst, form, nj, parallel_config, text=False)

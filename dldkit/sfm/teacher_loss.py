@@ -1,0 +1,67 @@
+"""The loss that the teacher itself would have: less can not be learnt."""
+
+import argparse
+from typing import Optional
+
+import torch
+import yaml
+from espnet2.torch_utils.device_funcs import to_device
+from espnet2.train.distributed_utils import DistributedOption
+
+from dldkit.sfm.loss import HiddenStateLoss, trim
+from dldkit.sfm.teacher import CachedTeacher, open_teacher
+from dldkit.tasks.sfm import SFMDistillTask
+
+ENOUGH = 100  # utterances
+
+
+@torch.no_grad()
+def teacher_loss(config: str, teacher: Optional[str] = None) -> dict[str, float]:
+    """Compare a teacher, given what the student hears, with the targets of a training.
+
+    It is 0 with a live teacher, and what rounding costs with cached targets. More means
+    that the targets were computed from something that the student does not hear.
+
+    Args:
+        config: config.yaml of the training, of whose validation set some batches are
+            taken: those that hold the first `ENOUGH` utterances.
+        teacher: the model; None = the one that the training, or its cache, names.
+
+    Returns:
+        `loss` and its parts, as training reports them.
+    """
+    with open(config, encoding="utf-8") as file:
+        args = argparse.Namespace(**yaml.safe_load(file))
+    conf = args.model_conf
+    layers = conf["teacher_layers"]
+    targets = open_teacher(conf["teacher"], layers)
+    if teacher is None and isinstance(targets, CachedTeacher):
+        teacher = targets.made_by
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # float32, as the cached targets are
+    live = open_teacher(teacher or conf["teacher"], layers, device)
+    size = live.info.hidden_size
+    distance = conf.get("loss", "mse")
+    loss = HiddenStateLoss(size, size, layers, conf.get("layer_weight", 0.5), distance)
+    loss.output_projection = torch.nn.Identity()
+    loss.layer_projections = torch.nn.ModuleList(torch.nn.Identity() for _ in layers)
+    total, utterances = torch.zeros(1 + 1 + len(layers)), 0
+    batches = SFMDistillTask.build_iter_factory(args, DistributedOption(), "valid")
+    for utts, batch in batches.build_iter(1):
+        batch = to_device(batch, device)
+        heard = batch["speech"], batch["speech_lengths"], utts
+        known = {}
+        if isinstance(targets, CachedTeacher):
+            known = {k: batch[k] for k in ("targets", "targets_lengths")}
+        own, expected = live(*heard), targets(*heard, **known)
+        own, expected, lengths = trim(*own, *expected)
+        if conf.get("target_norm", "none") == "layer":
+            norm = torch.nn.LayerNorm(size, elementwise_affine=False)
+            own, expected = map(norm, own), list(map(norm, expected))
+        carried_by = range(1, len(layers) + 1)
+        value, parts = loss([None, *own], expected, lengths, carried_by)
+        total += len(utts) * torch.stack([value, *parts.values()]).cpu()
+        utterances += len(utts)
+        if utterances >= ENOUGH:
+            break
+    return dict(zip(["loss", *parts], (total / utterances).tolist()))
