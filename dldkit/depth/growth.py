@@ -122,6 +122,24 @@ def copy_maps(method: str, depths: Sequence[int]) -> list[CopyMap]:
     ]
 
 
+def last_copies(method: str, depths: Sequence[int]) -> dict[int, list[int]]:
+    """Return where the last copy of each layer of the first stage is, at each depth.
+
+    Args:
+        method, depths: as `copy_maps` takes them.
+
+    Returns:
+        Positions from 1, one for each layer of the first stage.
+    """
+    origins = list(range(depths[0]))  # of each position: a layer of the first stage
+    found = {depths[0]: [layer + 1 for layer in origins]}
+    for copy_map in copy_maps(method, depths):
+        origins = [origins[source] for source in copy_map]
+        last = {origin: place for place, origin in enumerate(origins, 1)}
+        found[len(origins)] = [last[layer] for layer in range(depths[0])]
+    return found
+
+
 def boundaries(
     total_steps: int,
     stages: int,

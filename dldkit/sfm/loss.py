@@ -6,6 +6,7 @@ from typing import Callable, Optional, Sequence
 import torch
 import torch.nn.functional as F
 
+from dldkit.depth.growth import last_copies
 from dldkit.errors import UserError
 from dldkit.sfm.wave import frame_mask
 
@@ -27,6 +28,23 @@ def carriers(depth: int, num_teacher_layers: int) -> list[int]:
         math.ceil(depth * (i + 1) / num_teacher_layers)
         for i in range(num_teacher_layers)
     ]
+
+
+def carriers_of_copies(
+    method: str, depths: Sequence[int], num_teacher_layers: int
+) -> dict[int, list[int]]:
+    """Return the carriers at each depth of a growing student, as its layers are copied.
+
+    In the first stage they are those of `carriers`; later, the last copies of these.
+
+    Args:
+        method, depths: of stacking, see `dldkit.depth.growth`.
+    """
+    first = carriers(depths[0], num_teacher_layers)
+    return {
+        depth: [places[layer - 1] for layer in first]
+        for depth, places in last_copies(method, depths).items()
+    }
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ from dldkit.sfm.wave import (
     normalize_speech,
 )
 
+CARRIED_BY = ("position", "copies", "last")
+
 
 class SFMDistillModel(AbsESPnetModel):
     """A student that learns a frozen teacher's hidden states (arXiv 2606.11766).
@@ -31,9 +33,12 @@ class SFMDistillModel(AbsESPnetModel):
         layer_weight: weight of the layer-to-layer term.
         loss: `mse` | `l1_cosine`.
         target_norm: `none` | `layer`, see `HiddenStateLoss`.
-        student_layers: which of the student's running layers carries which teacher
-            layer, for each depth, as {3: [1, 2, 3], 6: [2, 4, 6]}; null = the last
-            clone of each group (`dldkit.sfm.loss.carriers`).
+        carried_by: which of the student's running layers carries which teacher layer:
+            the one at the same share of the depth (`position`), the last copy of the
+            layer that carried it in the first stage of growth (`copies`), or always the
+            deepest one, which then has a prediction head for each (`last`).
+        student_layers: the same for the depths that it names, as {3: [1, 2, 3],
+            6: [2, 4, 6]}; with `copies`, training fills it in.
         cnn_init: `teacher` copies the weights of its CNN front end; null = random.
         freeze_cnn: keep the CNN front end as it is.
         depth_sampler: which layers a training step runs: `full` | `bernoulli` |
@@ -66,10 +71,15 @@ class SFMDistillModel(AbsESPnetModel):
         teacher_size: Optional[int] = None,
         normalize: Optional[bool] = None,
         target_norm: str = "none",
+        carried_by: str = "position",
     ):
         super().__init__()
         if cnn_init not in (None, "teacher"):
             raise UserError(f"unknown cnn_init {cnn_init!r}: choose teacher or null")
+        if carried_by not in CARRIED_BY:
+            raise UserError(
+                f"unknown carried_by {carried_by!r}: choose {', '.join(CARRIED_BY)}"
+            )
         sampler = build_sampler(depth_sampler, keep_prob, min_depth)
         self.student = build_student(student_conf, sampler)
         self.loss = HiddenStateLoss(
@@ -81,6 +91,7 @@ class SFMDistillModel(AbsESPnetModel):
             target_norm,
         )
         self.student_layers = _checked(student_layers or {}, len(teacher_layers))
+        self.carried_by = carried_by
         self.normalize = bool(normalize)
         self.cnn_init = cnn_init
         self.freeze_cnn = freeze_cnn
@@ -138,9 +149,10 @@ class SFMDistillModel(AbsESPnetModel):
         states = hidden_states(self.student, features, lengths)
         states, expected, lengths = trim(states, lengths, expected, expected_lengths)
         depth = len(states) - 1
-        loss, stats = self.loss(
-            states, expected, lengths, self.student_layers.get(depth)
-        )
+        layers = self.student_layers.get(depth)
+        if layers is None and self.carried_by == "last":
+            layers = [depth] * len(expected)
+        loss, stats = self.loss(states, expected, lengths, layers)
         stats.update(loss=loss.detach(), depth=loss.new_full((), depth))
         weight = torch.full((), speech.size(0), device=loss.device)
         return force_gatherable((loss, stats, weight), loss.device)

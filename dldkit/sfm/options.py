@@ -3,8 +3,12 @@
 import logging
 from typing import Any
 
+from espnet2.utils.get_default_kwargs import get_default_kwargs
+
 from dldkit.errors import UserError
+from dldkit.sfm.loss import carriers_of_copies
 from dldkit.sfm.teacher import TeacherInfo, teacher_info
+from dldkit.train.stacking import Stacking
 
 
 def named_teacher(model_conf: dict[str, Any]) -> str:
@@ -51,3 +55,25 @@ def complete(model_conf: dict[str, Any]) -> dict[str, Any]:
             "teacher_layers out to learn its output"
         )
     return completed
+
+
+def follow_copies(
+    model_conf: dict[str, Any], trainer: str, trainer_conf: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the options with `student_layers` of `carried_by: copies` filled in.
+
+    A student that does not grow has no copies: its layers carry by position.
+
+    Args:
+        model_conf: of `complete`.
+        trainer, trainer_conf: of the training, which say how the student grows.
+    """
+    given = model_conf.get("student_layers")
+    if model_conf.get("carried_by") != "copies" or trainer != "stacking" or given:
+        return model_conf
+    growth = get_default_kwargs(Stacking) | trainer_conf
+    layers = carriers_of_copies(
+        growth["method"], growth["depths"], len(model_conf["teacher_layers"])
+    )
+    logging.info(f"the student's layers that carry the teacher's, by depth: {layers}")
+    return {**model_conf, "student_layers": layers}

@@ -52,8 +52,8 @@ def collect_targets(
     """Write a teacher's hidden states of all utterances to Kaldi arks.
 
     They are (Time, Layers, Dim), computed in float32. A finished collection is kept; an
-    interrupted one continues with the parts that are missing. Utterances that are too short to
-    learn from are left out, with a warning, and listed in `too_short`.
+    interrupted one continues with the parts that are missing. Utterances that are too
+    short to learn from are left out, with a warning, and listed in `too_short`.
 
     Args:
         teacher, layers: as `open_teacher` takes them, but no cached targets; layers

@@ -18,7 +18,7 @@ from dldkit.errors import UserError
 from dldkit.sfm.batches import LengthBuckets, report_used
 from dldkit.sfm.data import TARGETS, CropCollateFn, refuse_other_rates
 from dldkit.sfm.model import SFMDistillModel
-from dldkit.sfm.options import complete, named_teacher
+from dldkit.sfm.options import complete, follow_copies, named_teacher
 from dldkit.sfm.teacher import is_cached, teacher_info, weight_files
 from dldkit.train.choices import TrainerChoice, trainer_choices
 
@@ -118,7 +118,9 @@ class SFMDistillTask(TrainerChoice, AbsTask):
         Raises:
             UserError: for options that do not fit.
         """
-        args.model_conf = complete(args.model_conf)
+        args.model_conf = follow_copies(
+            complete(args.model_conf), args.trainer, args.trainer_conf
+        )
         try:
             return model_choices.get_class(args.model)(
                 student_conf=args.student_conf, **args.model_conf

@@ -6,7 +6,7 @@ import torch
 
 from dldkit.depth.growth import copy_maps
 from dldkit.errors import UserError
-from dldkit.sfm.loss import HiddenStateLoss, carriers, trim
+from dldkit.sfm.loss import HiddenStateLoss, carriers, carriers_of_copies, trim
 from dldkit.sfm.model import SFMDistillModel
 
 # of three teacher layers, by the student's depth
@@ -95,7 +95,7 @@ def test_a_perfect_student_has_no_loss(states):
 
 
 def test_target_norm_tames_outlier_dimensions(states):
-    """Each frame of the teacher has zero mean and unit variance, over its dimensions."""
+    """Each frame of the teacher has zero mean and unit variance."""
     student, teacher = states
     torch.manual_seed(1)
     loss = HiddenStateLoss(5, 4, [2, 4, 9], target_norm="layer")
@@ -137,6 +137,30 @@ def test_carriers_are_the_last_clones_of_each_group(start, num_stages):
             groups = [groups[source] for source in copy_map]
         last = [max(i for i, g in enumerate(groups) if g == n) for n in range(start)]
         assert carriers(depth, start) == [i + 1 for i in last], depth
+
+
+@pytest.mark.parametrize(
+    "method, expected",
+    [
+        ("interleave", TABLE),  # where copies and positions are the same
+        ("gradstack", {3: [1, 2, 3], 6: [4, 5, 6], 9: [7, 8, 9], 12: [10, 11, 12]}),
+        ("midas", {3: [1, 2, 3], 6: [4, 5, 6], 9: [7, 8, 9], 12: [10, 11, 12]}),
+        ("stack", {3: [1, 2, 3], 6: [4, 5, 6], 9: [7, 8, 9], 12: [10, 11, 12]}),
+    ],
+)
+def test_carriers_follow_copies(method, expected):
+    assert carriers_of_copies(method, [3, 6, 9, 12], 3) == expected
+
+
+def test_a_carrier_is_a_copy_of_the_carrier_before():
+    """Followed through the copy maps, for stages that are no multiples."""
+    depths = [4, 6, 9]
+    found = carriers_of_copies("gradstack", depths, 2)
+    origins = [1, 2, 3, 4]
+    for depth, copy_map in zip(depths, [range(4), *copy_maps("gradstack", depths)]):
+        origins = [origins[source] for source in copy_map]
+        assert [origins[layer - 1] for layer in found[depth]] == [2, 4]
+        assert not {2} & set(origins[found[depth][0] :])  # it is the last copy
 
 
 @pytest.mark.parametrize("depth, teachers", itertools.product(range(1, 14), [1, 2, 5]))

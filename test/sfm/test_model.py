@@ -206,6 +206,20 @@ def test_student_layers_override_the_carriers(make, wave_teacher, batch):
         assert (expected != usual(**batch)[0]) == changes
 
 
+def test_the_last_layer_may_carry_all(make, wave_teacher, batch):
+    """At every depth, but where student_layers says otherwise."""
+    directory = wave_teacher()[1]
+    options = dict(carried_by="last", student_layers={2: [1, 1, 2]})
+    model = make(directory, **options).eval()
+    targets, lengths = model.open_teacher("cpu")(
+        batch["speech"], batch["speech_lengths"]
+    )
+    for depth, expected in ((4, [4, 4, 4]), (3, [3, 3, 3]), (2, [1, 1, 2])):
+        model.student.encoder.layers.select(range(depth))
+        states = model.hidden_states(batch["speech"], batch["speech_lengths"])
+        assert model(**batch)[0] == model.loss(states, targets, lengths, expected)[0]
+
+
 @pytest.mark.parametrize(
     "layers", [{4: [1, 2]}, {4: [1, 2, 5]}, {3: [0, 1, 2]}, {3: [1, 2, 3, 3]}]
 )
@@ -219,6 +233,7 @@ def test_refuses_student_layers_that_do_not_fit(make, layers):
     [
         (dict(cnn_init="copy"), "unknown cnn_init 'copy': choose teacher or null"),
         (dict(loss="l2"), "unknown loss 'l2'"),
+        (dict(carried_by="first"), "carried_by 'first': choose position, copies, last"),
         (dict(depth_sampler="half"), "unknown depth_sampler 'half'"),
         (dict(depth_sampler="uniform", min_depth=5), "min_depth 5"),
         (dict(teacher_layers=[3, 1]), "ascending"),

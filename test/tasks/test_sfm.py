@@ -221,6 +221,22 @@ def test_batches_of_similar_length_are_the_default(training, tmp_path, caplog):
     assert isinstance(factory.sampler, LengthBuckets)
 
 
+@pytest.mark.parametrize("trainer", ["stacking", "resumable"])
+def test_carriers_follow_the_growth_that_the_config_says(training, tmp_path, trainer):
+    """And stand in the config of the experiment, by which the student is rebuilt."""
+    growth = dict(trainer=trainer, trainer_conf={})
+    if trainer == "stacking":
+        growth["trainer_conf"] = dict(depths=[2, 4], method="gradstack", total_steps=9)
+    conf = dict(carried_by="copies", teacher_layers=[3, 6])
+    main(training(tmp_path / "exp", model_conf=conf, dry_run=True, **growth))
+    config = yaml.safe_load((tmp_path / "exp" / "config.yaml").read_text())
+    found = config["model_conf"].get("student_layers")
+    assert found == ({2: [1, 2], 4: [3, 4]} if trainer == "stacking" else None)
+    args = SFMDistillTask.get_parser().parse_args(["--output_dir", "exp"])
+    args.__dict__.update(config)
+    assert SFMDistillTask.build_model(args).student_layers == (found or {})
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 4])
 @pytest.mark.parametrize("trainer", ["resumable", "stacking"])
 def test_the_learning_rate_is_zero_at_the_end(training, tmp_path, epochs, trainer):
@@ -271,6 +287,7 @@ def test_print_config_shows_our_options(monkeypatch):
         layer_weight=0.5,
         loss="mse",
         target_norm="none",
+        carried_by="position",
         student_layers=None,
         cnn_init=None,
         freeze_cnn=False,
