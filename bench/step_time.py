@@ -38,6 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", default=str(SMALL), help="config of sfm_distill_train")
     add("--teacher", help="the model of the live teacher; none: a small random HuBERT")
+    add("--teacher_depth", type=int, default=4, help="layers of the random HuBERT")
     add("--depths", default="3 6 9 12", help="stages of growth; the last one is full")
     add("--batch_size", type=int, help="utterances; none: as the config")
     add("--seconds", type=float, help="of each utterance; none: as the config")
@@ -100,8 +101,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     depths = [int(depth) for depth in args.depths.split()]
 
     with tempfile.TemporaryDirectory() as directory:
-        num_layers = max(conf.get("teacher_layers") or [12])
-        teacher = args.teacher or random_teacher(directory, num_layers)
+        teacher = args.teacher or random_teacher(directory, args.teacher_depth)
         torch.manual_seed(0)
         model = SFMDistillModel(
             config["student_conf"], **complete({**conf, "teacher": teacher})

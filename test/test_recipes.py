@@ -858,7 +858,7 @@ def distilled(tmp_path_factory, speech):
     config["keep_nbest_models"] = 2
     config["model_conf"]["teacher_layers"] = [2, 3]
     (recipe / "conf" / "train_sfm.yaml").write_text(yaml.safe_dump(config))
-    (recipe / "conf" / "systems").mkdir()
+    (recipe / "conf" / "systems").mkdir(exist_ok=True)
     (recipe / "conf" / "systems" / "interleave_eql.yaml").write_text(
         # 7 of 12 steps: it grows in the third of four epochs
         "trainer_conf: {depths: [2, 4], schedule: fractions, fractions: [0.6, 0.4]}\n"
@@ -994,7 +994,8 @@ def test_the_comparison_of_growing_students(distilled, speech):
     words += ["--more_seeds_for", "full", "--probe_seeds", "0", "--num_threads", "1"]
     exp = recipe / "exp" / "compare"
     exp.mkdir(parents=True)
-    (exp / "step_time.json").write_text('{"schedules": {"equal": 0.75, "prop1": 0.8}}')
+    times = dict(depths={"4": 1.0}, schedules=dict(equal=0.75, prop1=0.8))
+    (exp / "step_time.json").write_text(json.dumps(times))
     words += ["--run_opts", f"--local_data_opts '{SMALL} --num_probe_test 6'"]
     shell("local/compare.sh", *words, cwd=recipe, env=environment(**speech))
     rows = {
@@ -1004,7 +1005,8 @@ def test_the_comparison_of_growing_students(distilled, speech):
     }
     assert rows["full"][0] == "2" and rows["full"][2:4] == ["1.00", "1.00"]
     assert rows["interleave_eql"][0] == "1" and rows["interleave_eql"][3] == "0.75"
-    assert rows["teacher"][:5] == rows["untrained"][:5] == [""] * 5
+    assert rows["teacher"][:4] == rows["untrained"][:4] == [""] * 4
+    assert 0 < float(rows["teacher"][4]) < 1e-4 and not rows["untrained"][4]
     numbers = json.loads((exp / "comparison.json").read_text())
     log = (exp / "sfm_full_seed1" / "train.log").read_text()
     last = re.findall(r"4epoch results: .*\[valid\] .*?\bloss=([0-9.]+)", log)[-1]

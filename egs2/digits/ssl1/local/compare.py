@@ -56,7 +56,8 @@ def step_time(exp: Path, measured: dict) -> Optional[float]:
     """
     config = yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
     if config["trainer"] != "stacking":
-        return 1.0 if measured else None
+        depth = config["student_conf"]["num_hidden_layers"]
+        return measured.get("depths", {}).get(str(depth))
     is_prop = config["trainer_conf"].get("schedule") == "prop"
     return measured.get("schedules", {}).get("prop1" if is_prop else "equal")
 
