@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from itertools import product
@@ -15,8 +14,8 @@ import pytest
 import soundfile
 import torch
 import yaml
+from running import GENERATED, ROOT, copy_of_the_recipes, environment, shell
 
-ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "egs2" / "TEMPLATE" / "asr1"
 RECIPES = sorted(path.parents[1] for path in ROOT.glob("egs2/*/asr1/conf"))
 CONFIGS = sorted(ROOT.glob("egs2/*/asr1/conf/train_asr*.yaml"))
@@ -24,7 +23,6 @@ SYSTEMS = sorted((ROOT / "conf" / "systems").glob("*.yaml"))
 SSL_TEMPLATE = ROOT / "egs2" / "TEMPLATE" / "ssl1"
 SSL_RECIPES = sorted(path.parents[1] for path in ROOT.glob("egs2/*/ssl1/conf"))
 SSL_SYSTEMS = sorted((ROOT / "conf" / "systems_ssl").glob("*.yaml"))
-GENERATED = {".venv", "data", "dump", "exp", "exp_fbank", "exp_bpe", "downloads"}
 SCRIPTS = [
     path
     for path in sorted(ROOT.rglob("*.sh"))
@@ -32,27 +30,6 @@ SCRIPTS = [
 ]
 
 pytestmark = pytest.mark.integration
-
-
-def environment(**changes):
-    """This process's variables, with this Python first in PATH."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **changes}
-
-
-def shell(*command, cwd, status=0, env=None, timeout=1700):
-    """Run a command; return all that it printed."""
-    process = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=env or environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-    assert process.returncode == status, process.stdout
-    return process.stdout
 
 
 def options(script):
@@ -326,21 +303,6 @@ def test_a_recipe_of_one_s_own_runs(own_recipe):
 
 
 # ---------------------------------------------------------------- mini_an4
-
-
-def copy_of_the_recipes(directory):
-    for name in ("dldkit", "conf", "egs2"):
-        shutil.copytree(
-            ROOT / name,
-            directory / name,
-            symlinks=True,
-            ignore=(
-                shutil.ignore_patterns(*GENERATED, "__pycache__")
-                if name == "egs2"
-                else shutil.ignore_patterns("__pycache__")
-            ),
-        )
-    return directory / "egs2"
 
 
 class An4:

@@ -5,7 +5,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import soundfile
+
+from dldkit.data.datadir import read_table
 
 RECIPES = Path(__file__).resolve().parents[2] / "egs2"
 
@@ -35,3 +39,10 @@ def an4(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("an4")
     load_recipe("mini_an4").prepare(root / "downloads", root / "data")
     return root / "data"
+
+
+@pytest.fixture(scope="session")
+def speech(an4) -> list[np.ndarray]:
+    """Three real recordings as 16 bit integers."""
+    paths = sorted(read_table(an4 / "train_nodev" / "wav.scp").values())[:3]
+    return [soundfile.read(path, dtype="int16")[0] for path in paths]
