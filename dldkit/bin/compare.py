@@ -28,8 +28,8 @@ LEGEND = (
     f"({SAMPLES} samples); those that leave out zero are bold, and a negative one is "
     "in favour of the system that heads the table. `static` is the model trained at "
     "that depth, or a smaller one where that is better; models that lack a seed are "
-    "left out where another one has all. Arithmetic: of the forwards in training, where "
-    "the deepest static model's is 1. That model is the reference of the systems that "
+    "left out where another one has all. Arithmetic: of the forwards in training, the "
+    "deepest static model's being 1. That model is the reference of the systems that "
     "have one, and the last column adds its training."
 )
 
