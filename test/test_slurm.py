@@ -1,17 +1,13 @@
 """A recipe on a live Slurm: its jobs as workers, and a training that is requeued."""
 
-import os
 import re
-import shutil
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from running import copy_of_the_recipes, shell
 
-ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 12
 TWO_TASKS = ["--launch_args", "srun --ntasks 2"]
 
@@ -36,37 +32,14 @@ pytestmark = [
 ]
 
 
-def run(*command, cwd, status=0):
-    """Run a command; return all that it printed."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    process = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.returncode == status, process.stdout
-    return process.stdout
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """mini_an4 after stage 6, its data formatted by jobs of Slurm."""
-    root = tmp_path_factory.mktemp("on slurm")
-    for name in ("dldkit", "conf", "egs2"):
-        ignored = shutil.ignore_patterns("data", "dump", "exp", "downloads")
-        shutil.copytree(
-            ROOT / name,
-            root / name,
-            symlinks=True,
-            ignore=ignored if name == "egs2" else None,
-        )
-    recipe = root / "egs2" / "mini_an4" / "asr1"
-    on_slurm = ["--parallel_config", root / "conf" / "slurm.yaml"]
+    recipes = copy_of_the_recipes(tmp_path_factory.mktemp("on slurm"))
+    recipe = recipes / "mini_an4" / "asr1"
+    on_slurm = ["--parallel_config", recipes.parent / "conf" / "slurm.yaml"]
     words = ["--reference_args", "--max_epoch 1", *on_slurm]
-    printed = run("./run.sh", "--stop_stage", 6, *words, cwd=recipe)
+    printed = shell("./run.sh", "--stop_stage", 6, *words, cwd=recipe)
     assert printed.count("workers are jobs of slurm") == 3  # one for each set
     return recipe, words
 
@@ -75,7 +48,7 @@ def test_workers_are_jobs_of_slurm(recipe):
     """Those of stage 3 (see above), decoding and posteriors; training in two tasks."""
     recipe, words = recipe
     words = ["--stage", 7, "--stop_stage", 9, "--kd_source", "cached", *words]
-    printed = run("./run.sh", *words, *TWO_TASKS, cwd=recipe)
+    printed = shell("./run.sh", *words, *TWO_TASKS, cwd=recipe)
 
     assert printed.count("workers are jobs of slurm") == 2
     for name, size in (("train_nodev", 4), ("train_dev", 2), ("test", 2)):
@@ -98,10 +71,10 @@ def test_a_training_of_two_tasks_that_is_requeued_ends_like_an_unbroken_one(reci
 
     command = " ".join(f"'{word}'" for word in ["./run.sh", *words, "--asr_tag", "a"])
     options = ["--requeue", "--ntasks", 2, "--open-mode", "append", "--output", "a.log"]
-    job = run("sbatch", "--parsable", *options, "--wrap", command, cwd=recipe).strip()
+    job = shell("sbatch", "--parsable", *options, "--wrap", command, cwd=recipe).strip()
     broken = recipe / "exp" / "asr_a"
     wait_for(lambda: " 3epoch results" in read(broken / "train.log"))
-    run("scontrol", "requeue", job, cwd=recipe)
+    shell("scontrol", "requeue", job, cwd=recipe)
     wait_for(lambda: "JobState=COMPLETED" in show(job) or "FAILED" in show(job))
     assert "JobState=COMPLETED" in show(job), read(recipe / "a.log")
     assert " Restarts=1 " in show(job)
@@ -113,7 +86,7 @@ def test_a_training_of_two_tasks_that_is_requeued_ends_like_an_unbroken_one(reci
         times = log.count(f" {epoch}epoch results")
         assert times == 1 or (epoch >= 3 and times == 2)  # the one that was broken off
 
-    run("./run.sh", *words, "--asr_tag", "b", cwd=recipe)
+    shell("./run.sh", *words, "--asr_tag", "b", cwd=recipe)
     unbroken = recipe / "exp" / "asr_b"
     states = [torch.load(exp / f"{EPOCHS}epoch.pth") for exp in (broken, unbroken)]
     assert states[0].keys() == states[1].keys()
@@ -121,14 +94,14 @@ def test_a_training_of_two_tasks_that_is_requeued_ends_like_an_unbroken_one(reci
         assert torch.equal(value, states[1][name]), name
 
     # neither task waits for the other one if there is nothing to do
-    assert "is finished already, kept" in run(unbroken / "run.sh", cwd=recipe)
+    assert "is finished already, kept" in shell(unbroken / "run.sh", cwd=recipe)
 
 
 def test_a_task_that_fails_says_why(recipe):
     recipe, _ = recipe
     words = ["--stage", 11, "--stop_stage", 11, "--system", "rd", "--asr_tag", "bad"]
     words += [*TWO_TASKS, "--asr_args", "--optim sdg"]
-    printed = run("./run.sh", *words, cwd=recipe, status=1)
+    printed = shell("./run.sh", *words, cwd=recipe, status=1)
     assert "invalid choice: 'sdg'" in printed.splitlines()[-1]
 
 

@@ -20,6 +20,20 @@ SHORTEST = 2 * FRAME
 TARGETS = "targets"  # the name of the data, and of their table
 
 
+def longest(max_seconds: float, fs: int) -> float:
+    """Return the samples of `max_seconds` at `fs` Hz.
+
+    Raises:
+        UserError: nothing can be learnt from so few.
+    """
+    if max_seconds * fs < SHORTEST:
+        raise UserError(
+            f"max_seconds {max_seconds} is too short to learn from: choose "
+            f"{SHORTEST / fs} or more"
+        )
+    return max_seconds * fs
+
+
 class CropCollateFn:
     """Cuts the utterances of a batch to one length, or pads them.
 
@@ -44,12 +58,7 @@ class CropCollateFn:
         self.train = train
         self.crop = crop
         self.fs = fs
-        self.max_samples = max_seconds * fs
-        if self.max_samples < SHORTEST:
-            raise UserError(
-                f"max_seconds {max_seconds} is too short to learn from: "
-                f"choose {SHORTEST / fs} or more"
-            )
+        self.max_samples = longest(max_seconds, fs)
 
     def __call__(
         self, data: Collection[tuple[str, dict[str, np.ndarray]]]

@@ -6,9 +6,8 @@ from typing import Optional
 
 from dldkit.data.datadir import read_table, write_data_dir
 from dldkit.data.format import Format, format_data
-from dldkit.errors import UserError
 from dldkit.sfm.batches import GRID
-from dldkit.sfm.data import SHORTEST
+from dldkit.sfm.data import longest
 
 
 def segments_of(samples: int, most: float) -> list[tuple[int, int]]:
@@ -43,11 +42,7 @@ def cut_data(
     Raises:
         UserError: `max_seconds` is too short, or `src` is no formatted directory.
     """
-    if max_seconds * fs < SHORTEST:
-        raise UserError(
-            f"max_seconds {max_seconds} is too short to learn from: choose "
-            f"{SHORTEST / fs} or more"
-        )
+    most = longest(max_seconds, fs)
     tables = {
         name: read_table(Path(src) / name) for name in ("wav.scp", "utt2num_samples")
     }
@@ -55,7 +50,7 @@ def cut_data(
     speaker_of = read_table(file) if file.is_file() else {}
     segments, speakers, kept = {}, {}, 0
     for utt, samples in tables["utt2num_samples"].items():
-        for i, (begin, end) in enumerate(segments_of(int(samples), max_seconds * fs)):
+        for i, (begin, end) in enumerate(segments_of(int(samples), most)):
             segments[f"{utt}-{i:03d}"] = f"{utt} {begin / fs} {end / fs}"
             speakers[f"{utt}-{i:03d}"] = speaker_of.get(utt, utt)
             kept += end - begin

@@ -171,11 +171,10 @@ def _write(
         lengths = torch.full((len(utts),), samples)
         states, _ = opened(speech.to(device), lengths, utts)
         targets = torch.stack(states, 2).cpu()
-        for utt, array in zip(utts, targets.half().numpy()):
+        halves = targets.half().numpy()
+        for utt, array in zip(utts, halves):
             _refuse_unfit(utt, array, samples)
-        if dtype == "int8":
-            return [pack(array) for array in targets.numpy()]
-        return targets.half().numpy()
+        return halves if dtype == "float16" else [pack(a) for a in targets.numpy()]
 
     table, rate = tables[part.source], opened.info.sampling_rate
     part.write({utt: _read(utt, table[utt], rate) for utt in part.utts}, forward)

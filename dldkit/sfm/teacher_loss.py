@@ -42,9 +42,15 @@ def teacher_loss(config: str, teacher: Optional[str] = None) -> dict[str, float]
     live = open_teacher(teacher or conf["teacher"], layers, device)
     size = live.info.hidden_size
     distance = conf.get("loss", "mse")
-    loss = HiddenStateLoss(size, size, layers, conf.get("layer_weight", 0.5), distance)
-    loss.output_projection = torch.nn.Identity()
-    loss.layer_projections = torch.nn.ModuleList(torch.nn.Identity() for _ in layers)
+    norm = conf.get("target_norm", "none")
+    weight = conf.get("layer_weight", 0.5)
+    loss = HiddenStateLoss(size, size, layers, weight, distance, norm)
+    # what the teacher gives itself is normed as the targets are
+    own_norm: torch.nn.Module = torch.nn.Identity()
+    if norm == "layer":
+        own_norm = torch.nn.LayerNorm(size, elementwise_affine=False)
+    loss.output_projection = own_norm
+    loss.layer_projections = torch.nn.ModuleList(own_norm for _ in layers)
     total, utterances = torch.zeros(1 + 1 + len(layers)), 0
     batches = SFMDistillTask.build_iter_factory(args, DistributedOption(), "valid")
     for utts, batch in batches.build_iter(1):
@@ -55,9 +61,6 @@ def teacher_loss(config: str, teacher: Optional[str] = None) -> dict[str, float]
             known = {k: batch[k] for k in ("targets", "targets_lengths")}
         own, expected = live(*heard), targets(*heard, **known)
         own, expected, lengths = trim(*own, *expected)
-        if conf.get("target_norm", "none") == "layer":
-            norm = torch.nn.LayerNorm(size, elementwise_affine=False)
-            own, expected = map(norm, own), list(map(norm, expected))
         carried_by = range(1, len(layers) + 1)
         value, parts = loss([None, *own], expected, lengths, carried_by)
         total += len(utts) * torch.stack([value, *parts.values()]).cpu()

@@ -403,7 +403,8 @@ class TestCachedTargets:
         assert "cached targets" in last and "Traceback" not in last
 
 
-def test_the_teacher_s_own_loss(training, corpus, teacher, tmp_path, capsys):
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_the_teacher_s_own_loss(norm, training, corpus, teacher, tmp_path, capsys):
     """Nothing with a live teacher, and what float16 costs with cached targets."""
     data = []
     for part, source in (("train", corpus.train), ("dev", corpus.dev)):
@@ -413,6 +414,7 @@ def test_the_teacher_s_own_loss(training, corpus, teacher, tmp_path, capsys):
     losses = {}
     for name in (str(teacher), str(tmp_path / "cache")):
         conf = dict(teacher=name, cnn_init=None, teacher_layers=[3, 6])
+        conf["target_norm"] = norm
         exp = tmp_path / f"exp{len(losses)}"
         arguments = training(exp, model_conf=conf, max_epoch=1, batch_type="sorted")
         file = Path(arguments[1])
