@@ -158,7 +158,7 @@ show_failure() { # show_failure LOG: the error that ends it, or else its last li
     local error
     # srun reports each task that it ends, after what the first of them said
     error=$(tail -n 30 "$1" | grep -E '(^|: )error: ' |
-        grep -Ev '^(srun|slurmstepd[^:]*): error: .*(task|STEP|JOB) ' | tail -n 1) || true
+        grep -Ev '^(srun|slurmstepd[^:]*): error: .*(tasks?|STEP|JOB) ' | tail -n 1) || true
     if [ -n "${error}" ]; then die "${error#*error: } (log: $1)"; fi
     tail -n 30 "$1" >&2
     die "it failed; the end of $1 is above"
