@@ -498,7 +498,8 @@ def _check_language_model(options: Mapping[str, str]) -> None:
 
 
 def _check_superb(words: Sequence[str]) -> None:
-    from dldkit.sfm.superb import CORPORA, check_tasks
+    from dldkit.sfm.superb.checks import check_tasks
+    from dldkit.sfm.superb.tasks import CORPORA
 
     given = {name: " ".join(values) for name, values in _by_name(words)}
     corpora = {c: given.get(c) or os.environ.get(c.upper()) for c in CORPORA}

@@ -8,7 +8,9 @@ from typing import Optional, Sequence
 
 from dldkit.errors import report_user_errors
 from dldkit.options import command_parser, fold_list, parse
-from dldkit.sfm.superb import CORPORA, TASKS, collect, run
+from dldkit.sfm.superb.results import collect
+from dldkit.sfm.superb.run import run
+from dldkit.sfm.superb.tasks import CORPORA, TASKS
 
 
 def get_parser() -> argparse.ArgumentParser:
