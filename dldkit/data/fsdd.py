@@ -10,6 +10,7 @@ import urllib.request
 import zlib
 from pathlib import Path
 
+from dldkit.data.corpus import DOWNLOADS
 from dldkit.errors import UserError
 
 TAKES = range(50)  # recordings of each digit by each speaker
@@ -96,7 +97,7 @@ def download_fsdd(directory: Path) -> Path:
 def real_recordings(downloads: Path) -> Path:
     """Return FSDD's recordings: those `$FSDD` names, else downloaded ones."""
     named = os.environ.get("FSDD", "")
-    if not named or named == "downloads":
+    if not named or named == DOWNLOADS:
         return download_fsdd(downloads / "free-spoken-digit-dataset")
     recordings = find_fsdd(Path(named), "FSDD (environment or db.sh)")
     if digest(recordings) != DIGEST:

@@ -5,8 +5,9 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
+from dldkit.data.corpus import DOWNLOADS
 from dldkit.errors import UserError
 from dldkit.sfm.superb.tasks import CORPORA, TASKS
 
@@ -64,9 +65,13 @@ def check_upstream(upstream_dir: Path) -> str:
 
 
 def find_corpora(
-    tasks: Sequence[str], paths: dict[str, Optional[str]]
+    tasks: Sequence[str], paths: dict[str, Optional[str]], downloads: bool = False
 ) -> dict[str, Path]:
     """Return the directories of the corpora that the tasks need.
+
+    Args:
+        paths: directories by their names in CORPORA.
+        downloads: what is to be found in `DOWNLOADS` need not be there yet.
 
     Raises:
         UserError: one was not named, or holds something else.
@@ -80,30 +85,36 @@ def find_corpora(
                     f"{task.upper()} needs a corpus: name its directory with --{name} "
                     f"or {name.upper()} in the environment ({corpus.source})"
                 )
-            roots = [Path(path).resolve()]
-            if corpus.parent_of:
-                roots.append(roots[0] / corpus.parent_of)
-            roots = [root for root in roots if (root / corpus.holds).exists()]
-            if not roots:
+            root = Path(path).resolve()
+            if corpus.parent_of and (root / corpus.parent_of).is_dir():
+                root /= corpus.parent_of
+            missing = [part for part in corpus.holds if not (root / part).exists()]
+            if missing and not (downloads and path == DOWNLOADS):
                 raise UserError(
-                    f"--{name} {path} (or {name.upper()}) has no {corpus.holds}: name "
-                    f"the directory that holds it ({corpus.source})"
+                    f"--{name} {path} (or {name.upper()}) has no {', '.join(missing)}: "
+                    f"name the directory that holds it ({corpus.source})"
                 )
-            found[name] = roots[0]
+            found[name] = root
     return found
 
 
 def check_tasks(
-    tasks: Sequence[str], corpora: dict[str, Optional[str]], dscore: Optional[str]
+    tasks: Sequence[str],
+    corpora: dict[str, Optional[str]],
+    dscore: Optional[str],
+    rates: Mapping[str, Sequence[float]],
+    downloads: bool = False,
 ) -> tuple[list[str], dict[str, Path]]:
     """Return the tasks to run, and the directories of their corpora.
 
     Args:
         tasks: empty = those whose corpora are named.
-        corpora: directories by their names in CORPORA.
+        corpora, downloads: see `find_corpora`.
+        rates: learning rates of tasks.
 
     Raises:
-        UserError: a package, a program or a corpus is missing, or no corpus is named.
+        UserError: a package, a program or a corpus is missing, no corpus is named, or
+            there are rates for a task that does not run, or can not choose.
     """
     tasks = list(tasks) or [
         name
@@ -116,7 +127,13 @@ def check_tasks(
             f"SUPERB has nothing to run: name the directory of a corpus with {names}"
         )
     check_environment(tasks)
-    found = find_corpora(tasks, corpora)
+    found = find_corpora(tasks, corpora, downloads)
+    for task in set(rates) - set(tasks):
+        raise UserError(
+            f"--lr names {task}, which does not run: choose from {' '.join(tasks)}"
+        )
+    if len(rates.get("asv", ())) > 1:
+        raise UserError("ASV has no dev set to choose on: give --lr one rate for asv")
     if "sd" in tasks and not (dscore and (Path(dscore) / "score.py").is_file()):
         raise UserError(
             f"SD is scored with dscore, and --dscore {dscore or ''} (or DSCORE) has no "

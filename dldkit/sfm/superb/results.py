@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import yaml
 
@@ -30,31 +30,87 @@ def scores_of(task: str, directory: Path) -> dict[str, float]:
     }
 
 
+def directory_of(task: str, output_dir: Path, rate: Optional[float]) -> Path:
+    """Return where a task is trained; without a learning rate, with s3prl's."""
+    return output_dir / task / (f"lr{rate:g}" if rate is not None else "")
+
+
+def finished_of(task: str, output_dir: Path) -> dict[Path, list[Path]]:
+    """Return what is finished of a task: its folds, by the directory of their rate.
+
+    A task without folds has a single one, which is that directory itself.
+    """
+    place = directory_of(task, output_dir, None)
+    found = {}
+    for directory in [place, *sorted(place.glob("lr*"))]:
+        folds = sorted(directory.glob("fold*")) if TASKS[task].folds else [directory]
+        if finished := [fold for fold in folds if (fold / ".done").exists()]:
+            found[directory] = finished
+    return found
+
+
+def options_of(directory: Path) -> dict[str, Any]:
+    """Return what a finished task was run with: `upstream`, `args`, perhaps `lr`."""
+    return json.loads((directory / ".done").read_text(encoding="utf-8"))["options"]
+
+
+def _dev_score(task: str, directory: Path) -> float:
+    """Return what s3prl chose the checkpoint by; higher is better."""
+    heading, (key, _) = next(iter(TASKS[task].columns.items()))
+    file = directory / "train" / "valid_best" / "training_stats.yaml"
+    score = yaml.safe_load(file.read_text())["valid_best_metrics"][key]
+    return -score if heading.endswith("↓") else score
+
+
+def _choose(task: str, found: dict[Path, list[Path]]) -> list[Path]:
+    """Return the folds of the learning rate that is best on the dev sets."""
+    most = max(map(len, found.values()))
+    complete = [folds for folds in found.values() if len(folds) == most]
+    if len(complete) == 1:
+        return complete[0]
+    return max(complete, key=lambda folds: sum(_dev_score(task, f) for f in folds))
+
+
+def _rate_of(directory: Path) -> str:
+    rate = options_of(directory).get("lr")
+    return "s3prl's own" if rate is None else f"{rate:g}"
+
+
+def _notes(task: str, folds: list[Path], found: dict[Path, list[Path]]) -> list[str]:
+    """Say what differs from SUPERB, and which learning rate was chosen."""
+    notes, number = [], TASKS[task].folds
+    if number and len(folds) < number:
+        names = " ".join(fold.name for fold in folds)
+        notes.append(f"only {names} of {number} folds")
+    for words in sorted({" ".join(options_of(fold)["args"]) for fold in folds}):
+        if words:
+            notes.append(f"not SUPERB's settings, but with {words}")
+    if "lr" in options_of(folds[0]) or len(found) > 1:
+        note = f"learning rate {_rate_of(folds[0])}"
+        if len(found) > 1:
+            tried = ", ".join(_rate_of(others[0]) for others in found.values())
+            note += f", of {tried} the best on the dev set"
+        notes.append(note)
+    return [f"{task.upper()}: {note}" for note in notes]
+
+
 def collect(output_dir: Union[str, Path], name: str) -> str:
     """Return the table row of all finished tasks, and write superb.{md,json}.
 
-    A task that is not finished shows "–"; ER is the mean of its finished folds.
+    A task that is not finished shows "–"; ER is the mean of its finished folds. Of
+    several learning rates of a task, the one counts that is best on its dev set.
     """
     output_dir = Path(output_dir)
     row: dict[str, Optional[float]] = {}
     notes = []
     for task, about in TASKS.items():
-        folds = sorted(output_dir.glob(f"{task}/fold*")) if about.folds else []
-        finished = [
-            directory
-            for directory in (folds or [output_dir / task])
-            if (directory / ".done").exists()
-        ]
-        scores = [scores_of(task, directory) for directory in finished]
-        for column in about.columns:
-            values = [score[column] for score in scores]
-            row[column] = sum(values) / len(values) if values else None
-        if finished and about.folds and len(finished) < about.folds:
-            names = " ".join(directory.name for directory in finished)
-            notes.append(f"{task.upper()}: only {names} of {about.folds} folds")
-        for words in sorted({_task_args(directory) for directory in finished}):
-            if words:
-                notes.append(f"{task.upper()}: not SUPERB's settings, but with {words}")
+        row.update(dict.fromkeys(about.columns))
+        if found := finished_of(task, output_dir):
+            folds = _choose(task, found)
+            scores = [scores_of(task, fold) for fold in folds]
+            for column in about.columns:
+                row[column] = sum(score[column] for score in scores) / len(scores)
+            notes += _notes(task, folds, found)
     cells = ["–" if value is None else f"{value:.2f}" for value in row.values()]
     table = markdown(" | ".join(["upstream", *row]), [[name, *cells]])
     table = "\n\n".join([table, *notes])
@@ -64,8 +120,3 @@ def collect(output_dir: Union[str, Path], name: str) -> str:
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     (output_dir / "superb.json").write_text(text + "\n", encoding="utf-8")
     return table
-
-
-def _task_args(directory: Path) -> str:
-    done = json.loads((directory / ".done").read_text(encoding="utf-8"))
-    return " ".join(done["options"]["args"])

@@ -9,12 +9,18 @@ import subprocess
 import sys
 import urllib.request
 from http.client import HTTPException
+from itertools import product
 from pathlib import Path
-from typing import Optional, Sequence, Union
+from typing import Mapping, Optional, Sequence, Union
 
 from dldkit.errors import UserError
 from dldkit.sfm.superb.checks import check_tasks, check_upstream
-from dldkit.sfm.superb.results import scores_of
+from dldkit.sfm.superb.results import (
+    directory_of,
+    finished_of,
+    options_of,
+    scores_of,
+)
 from dldkit.sfm.superb.tasks import TASKS
 from dldkit.step import Step, atomic
 
@@ -52,14 +58,24 @@ def run(
     corpora: dict[str, Optional[str]],
     list_dir: Union[str, Path],
     task_args: Sequence[str] = (),
+    rates: Optional[Mapping[str, Sequence[float]]] = None,
     er_folds: Sequence[int] = range(5),
     device: str = "cpu",
     num_workers: int = 6,
     dscore: Optional[str] = None,
 ) -> None:
-    """Train and test SUPERB's downstream models, each in ``output_dir/TASK``.
+    """Train and test SUPERB's downstream models, each in ``output_dir/TASK[/lrRATE]``.
 
     A finished task is kept, an interrupted one goes on from its last checkpoint.
+
+    Args:
+        tasks, corpora, dscore: see `check_tasks`.
+        list_dir: where splits and lexicons lie, or are downloaded to.
+        task_args: options of s3prl for all tasks.
+        rates: learning rates to train tasks with; s3prl's own for the others.
+        er_folds: of the task ER.
+        device: cpu or cuda.
+        num_workers: processes that load speech.
 
     Raises:
         UserError: something is missing, s3prl failed, or a task's directory is from
@@ -67,24 +83,27 @@ def run(
     """
     upstream_dir, output_dir = Path(upstream_dir).resolve(), Path(output_dir)
     list_dir = Path(list_dir).resolve()
-    tasks, roots = check_tasks(tasks, corpora, dscore)
+    rates = rates or {}
+    tasks, roots = check_tasks(tasks, corpora, dscore, rates)
     settings = {"upstream": check_upstream(upstream_dir), "args": list(task_args)}
     steps = []
     for task in tasks:
-        for fold in er_folds if TASKS[task].folds else [None]:
-            directory = output_dir / task
+        for directories in finished_of(task, output_dir).values():
+            for directory in directories:  # of other rates, with which these compete
+                _refuse_others(directory, settings, options_of(directory))
+        folds = er_folds if TASKS[task].folds else [None]
+        for rate, fold in product(rates.get(task, [None]), folds):
+            directory = directory_of(task, output_dir, rate)
             if fold is not None:
                 directory /= f"fold{fold}"
-            step = Step(directory, {}, keep=True, **settings)
-            if step.changes("options"):
-                raise UserError(
-                    f"{directory} is from another upstream or other --task_args: "
-                    "remove it, or choose another --upstream_name"
-                )
-            steps.append((task, fold, step))
+            own = settings if rate is None else {**settings, "lr": rate}
+            step = Step(directory, {}, keep=True, **own)
+            begun = step.read(".part") or step.read(".done") or step.description
+            _refuse_others(directory, settings, begun["options"])
+            steps.append((task, rate, fold, step))
     fetch_lists(tasks, list_dir)
 
-    for task, fold, step in steps:
+    for task, rate, fold, step in steps:
         with step:
             if step.done:
                 continue
@@ -107,8 +126,18 @@ def run(
             # s3prl evaluates the values as Python expressions.
             words = [w for k, v in options.items() for w in (f"--{k}", repr(v))]
             command = [str(list_dir), TASKS[task].problem, *words, *task_args]
+            if rate is not None:
+                command += ["--build_optimizer.conf.lr", repr(rate)]
             _run_s3prl(command, directory / "superb.log")
             scores_of(task, directory)
+
+
+def _refuse_others(directory: Path, settings: dict, begun: dict) -> None:
+    if any(begun.get(name) != value for name, value in settings.items()):
+        raise UserError(
+            f"{directory} is from another upstream or other --task_args: remove it, or "
+            "choose another --upstream_name"
+        )
 
 
 def _keep_whole_checkpoints(train_dir: Path) -> None:

@@ -3,54 +3,55 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from dldkit.data.librispeech import SUPERB
+
 
 @dataclass(frozen=True)
 class Corpus:
     """A corpus that the user has: what to look for in it, and where to get it."""
 
-    holds: str  # a path that must be in it
+    holds: tuple[str, ...]  # paths that must be in it
     source: str  # address and licence
     parent_of: str = ""  # the directory above this one may be named as well
 
 
 CORPORA = {
     "librispeech": Corpus(
-        "SPEAKERS.TXT",
-        "https://www.openslr.org/12 (train-clean-100, dev-clean, test-clean), "
-        "licence CC BY 4.0",
+        ("SPEAKERS.TXT", *SUPERB),
+        "https://www.openslr.org/12, licence CC BY 4.0",
         parent_of="LibriSpeech",
     ),
     "speech_commands": Corpus(
-        "_background_noise_",
+        ("_background_noise_",),
         "http://download.tensorflow.org/data/speech_commands_v0.01.tar.gz, "
         "licence CC BY 4.0",
     ),
     "speech_commands_test": Corpus(
-        "_silence_",
+        ("_silence_",),
         "http://download.tensorflow.org/data/speech_commands_test_set_v0.01.tar.gz, "
         "licence CC BY 4.0",
     ),
     "fluent_speech_commands": Corpus(
-        "data/train_data.csv",
+        ("data/train_data.csv",),
         "https://fluent.ai/fluent-speech-commands-a-dataset-for-spoken-language-"
         "understanding-research, licence: academic research only",
     ),
     "voxceleb1": Corpus(
-        "dev/wav",
+        ("dev/wav",),
         "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html, on request, "
         "licence CC BY 4.0; unpacked into dev/wav and test/wav",
     ),
     "iemocap": Corpus(
-        "Session1",
+        ("Session1",),
         "https://sail.usc.edu/iemocap, on request, licence: USC's own, research only",
     ),
     "snips": Corpus(
-        "all.iob.snips.txt",
+        ("all.iob.snips.txt",),
         "https://github.com/aws-samples/aws-lex-noisy-spoken-language-understanding, "
         "see its LICENSE; converted to wav by s3prl's preprocess/snips_prepare_data.sh",
     ),
     "libri2mix": Corpus(
-        "train/segments",
+        ("train/segments",),
         "https://github.com/ftshijt/LibriMix, licence CC BY 4.0; the Kaldi directories "
         "train, dev and test of its scripts/prepare_diarization.py",
     ),

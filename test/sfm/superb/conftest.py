@@ -31,13 +31,20 @@ def upstream(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finished():
-    """Return a function that writes what a finished task leaves."""
+    """Return a function that writes what a finished task leaves.
 
-    def write(directory: Path, result: str, args=(), **scores: float) -> None:
+    `options` are the step's, `dev` are scores of the dev set.
+    """
+
+    def write(directory: Path, result: str, args=(), options={}, dev={}, **scores):
         path = directory / result
         path.parent.mkdir(parents=True)
         path.write_text(yaml.safe_dump(scores))
-        with Step(directory, {}, keep=True, upstream="x", args=list(args)):
+        stats = directory / "train" / "valid_best" / "training_stats.yaml"
+        stats.parent.mkdir(parents=True)
+        stats.write_text(yaml.safe_dump({"valid_best_metrics": dev}))
+        settings = {"upstream": "x", "args": list(args), **options}
+        with Step(directory, {}, keep=True, **settings):
             pass
 
     return write

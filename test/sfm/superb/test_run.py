@@ -84,6 +84,10 @@ def test_finished_task_is_kept_and_another_upstream_refused(
         pass
     run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
     assert not (directory / "superb.log").exists()  # s3prl was not started
+    other = "evaluate/valid_best/test/result.yaml"
+    finished(directory / "lr0.1", other, options=dict(lr=0.1), accuracy=0.5)
+    with pytest.raises(UserError, match="ks/lr0.1 is from another upstream or other"):
+        run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
 
 
 @NEEDS_S3PRL
@@ -120,11 +124,17 @@ def test_keyword_spotting_runs_resumes_and_reports(upstream, speech_commands, tm
     corpus = ["--speech_commands_test", speech_commands[1]]
     steps = "--train.eval_step 1 --train.save_step 1 --train.log_step 1"
     args = [*corpus, "--task_args", f"{steps} --train.total_steps 2"]
-    exp = recipe / "exp" / "superb_tiny" / "ks"
+    args += ["--lr", "ks=1e-3"]
+    exp = recipe / "exp" / "superb_tiny" / "ks" / "lr0.001"
     broken = exp / "train" / "step_1" / "model"
     broken.mkdir(parents=True)
     printed = run(*args)
-    row = [cell.strip() for cell in printed.splitlines()[-3].strip("| ").split("|")]
+    assert "KS: learning rate 0.001\n" in printed
+    (config,) = (exp / "configs").glob("*.yaml")
+    optimizer = yaml.safe_load(config.read_text())["build_optimizer"]
+    assert optimizer["conf"]["lr"] == 0.001
+    (line,) = (line for line in printed.splitlines() if line.startswith("| tiny"))
+    row = [cell.strip() for cell in line.strip("| ").split("|")]
     accuracy = yaml.safe_load(
         (exp / "evaluate" / "valid_best" / "test" / "result.yaml").read_text()
     )["accuracy"]
