@@ -29,7 +29,7 @@ upstream_dir=  # the student: a Hugging Face HuBERT directory from sfm_export
 upstream_name=  # of the row and of its directory; empty: that of --upstream_dir
 tasks=  # tasks to run, of pr asr ks sid sf ic er asv sd; empty: those whose corpora are named
 task_args=  # s3prl's options for these tasks, e.g. "--train.total_steps 1000"
-lr=  # learning rates by task, see above; empty: those of s3prl
+lr=  # learning rates by task, e.g. "pr=5e-4,sid=1e-2:1e-3"; empty: those of s3prl
 er_folds="0 1 2 3 4"  # folds of ER; its column is their mean, and SUPERB's is all five
 expdir=exp  # results go into EXPDIR/superb_NAME
 list_dir=downloads/superb  # splits and lexicons; missing ones are downloaded into it
