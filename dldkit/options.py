@@ -48,6 +48,24 @@ def threshold(text: str) -> float:
     return number
 
 
+def learning_rates(text: str) -> dict[str, list[float]]:
+    """Read `pr=5e-4,sid=1e-2:1e-3`: rates of tasks; an empty text names none."""
+    rates = {}
+    for word in text.replace(",", " ").split():
+        task, _, values = word.partition("=")
+        try:
+            numbers = [float(value) for value in values.split(":")]
+        except ValueError:
+            numbers = [math.nan]
+        if task in rates or not task or not all(0 < n < inf for n in numbers):
+            raise argparse.ArgumentTypeError(
+                f"{word!r}: write a task once with a rate above 0, or several, such as "
+                "pr=5e-4,sid=1e-2:1e-3"
+            )
+        rates[task] = list(dict.fromkeys(numbers))
+    return rates
+
+
 def exit_thresholds(text: str) -> Union[str, list[float]]:
     """Read `auto`, `none`, or numbers between blanks or commas, each once."""
     if text in ("auto", "none"):

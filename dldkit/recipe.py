@@ -22,7 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dldkit.bin.merge_config import merge_files
 from dldkit.errors import UserError
-from dldkit.options import depth_list, exit_thresholds, sampling_rate
+from dldkit.options import (
+    depth_list,
+    exit_thresholds,
+    learning_rates,
+    sampling_rate,
+)
 
 CHOICES = {
     "feats_type": ["raw", "fbank", "extracted"],
@@ -150,7 +155,7 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     settings["segment_seconds"] = str(15.6 if seconds is None else seconds)
     settings["teacher_layers"] = " ".join(map(str, teacher_layers))
     if options["probe"] == "superb" and _runs(options, 13):
-        _check_superb(_words(options, "superb_args"))
+        _check_superb(options)
     return settings
 
 
@@ -497,19 +502,24 @@ def _check_language_model(options: Mapping[str, str]) -> None:
         )
 
 
-def _check_superb(words: Sequence[str]) -> None:
-    from dldkit.sfm.superb import CORPORA, check_tasks
+def _check_superb(options: Mapping[str, str]) -> None:
+    from dldkit.sfm.superb.checks import check_tasks
+    from dldkit.sfm.superb.tasks import CORPORA
 
-    given = {name: " ".join(values) for name, values in _by_name(words)}
+    words = _by_name(_words(options, "superb_args"))
+    given = {name: " ".join(values) for name, values in words}
     corpora = {c: given.get(c) or os.environ.get(c.upper()) for c in CORPORA}
     dscore = given.get("dscore") or os.environ.get("DSCORE")
-    check_tasks(given.get("tasks", "").split(), corpora, dscore)
+    rates = _parsed(learning_rates, {"lr": "", **given}, "lr")
+    tasks = given.get("tasks", "").split()
+    check_tasks(tasks, corpora, dscore, rates, downloads=_runs(options, 1))
 
 
 def _runs(options: Mapping[str, str], *stages: int) -> bool:
     """Whether one of these stages is to be run."""
     first, last = int(options["stage"]), int(options["stop_stage"])
     skipped = options["skip_stages"].replace(",", " ").split()
+    skipped += ["1"] if options["skip_data_prep"] == "true" else []
     skipped += ["13"] if options["skip_eval"] == "true" else []
     skipped += ["9", "10", "11"] if options["skip_train"] == "true" else []
     return any(first <= n <= last and str(n) not in skipped for n in stages)

@@ -1,7 +1,9 @@
+from argparse import ArgumentTypeError
+
 import pytest
 
 from dldkit.bin import calibrate, decode
-from dldkit.options import depth_list
+from dldkit.options import depth_list, learning_rates
 
 NEEDED = {
     calibrate: ["--asr_model_file", "m.pth", "--data_dir", "d"],
@@ -23,3 +25,15 @@ def test_other_depths_are_refused_by_the_commands(command, text, capsys):
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"argument --depths: {text!r}: write numbers of layers" in last
+
+
+def test_learning_rates_of_tasks():
+    assert learning_rates("") == {}
+    rates = {"pr": [5e-4], "sid": [0.01, 0.001]}
+    assert learning_rates("pr=5e-4,sid=1e-2:1e-3:0.01") == rates
+
+
+@pytest.mark.parametrize("text", ["pr", "1e-3", "pr=x", "pr=0", "=1", "pr=1,pr=2"])
+def test_other_learning_rates_are_refused(text):
+    with pytest.raises(ArgumentTypeError, match="such as pr=5e-4,sid=1e-2:1e-3"):
+        learning_rates(text)

@@ -149,6 +149,15 @@ def test_a_distillation_without_a_teacher_or_a_corpus_of_superb(tmp_path):
     assert status == 1 and re.match(f"error: ({lacking})", printed)
 
 
+def test_librispeech_is_scored_where_stage_1_downloads_it():
+    """The recipe says so before it begins; alone, stage 13 finds nothing there."""
+    recipe = ROOT / "egs2" / "librispeech" / "ssl1"
+    words = ["--stage", "13", "--stop_stage", "13"]
+    status, printed = run_recipe(recipe, *words, LIBRISPEECH="")
+    lacking = "--librispeech downloads .*has no SPEAKERS.TXT|SUPERB needs .*install.sh"
+    assert status == 1 and re.match(f"error: ({lacking})", printed)
+
+
 @pytest.mark.parametrize("shell", ["sh", "dash"])
 @pytest.mark.parametrize("recipe", [AN4, DISTILL], ids=lambda path: path.parent.name)
 def test_another_shell_is_told_that_it_needs_bash(shell, recipe):

@@ -7,8 +7,10 @@ import shlex
 from typing import Optional, Sequence
 
 from dldkit.errors import report_user_errors
-from dldkit.options import command_parser, fold_list, parse
-from dldkit.sfm.superb import CORPORA, TASKS, collect, run
+from dldkit.options import command_parser, fold_list, learning_rates, parse
+from dldkit.sfm.superb.results import collect
+from dldkit.sfm.superb.run import run
+from dldkit.sfm.superb.tasks import CORPORA, TASKS
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -30,7 +32,7 @@ def get_parser() -> argparse.ArgumentParser:
         add(
             f"--{name}",
             default=os.environ.get(name.upper()),
-            help=f"directory with {corpus.holds}: {corpus.source}",
+            help=f"directory with {', '.join(corpus.holds)}: {corpus.source}",
         )
     add(
         "--dscore",
@@ -43,6 +45,13 @@ def get_parser() -> argparse.ArgumentParser:
         help="where splits and lexicons lie; missing ones are downloaded into it",
     )
     add("--task_args", default="", help='s3prl\'s options: "--train.total_steps 2"')
+    add(
+        "--lr",
+        type=learning_rates,
+        default="",
+        help="learning rates by task, as pr=5e-4,sid=1e-2:1e-3; of several, the one "
+        "that is best on the dev set counts; s3prl's own for the others",
+    )
     add(
         "--er_folds",
         type=fold_list,
@@ -65,6 +74,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         {name: getattr(args, name) for name in CORPORA},
         args.list_dir,
         shlex.split(args.task_args),
+        args.lr,
         args.er_folds,
         args.device,
         args.nj,

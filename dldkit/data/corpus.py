@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # importing lhotse takes seconds
 
 PathLike = str | Path
 
+DOWNLOADS = "downloads"  # as the value of a variable: the recipe downloads the corpus
+
 # What a recording that can not be read is said to be, so that lhotse keeps what was
 # said in it, and stage 3 drops it by name: longer than any segment's end.
 UNREADABLE_RATE, UNREADABLE_SECONDS = 16000, 360_000
@@ -55,7 +57,7 @@ def corpus_parser(
 def find_corpus(
     variable: str, nested: str, needed: Iterable[str], hint: str = ""
 ) -> Path | None:
-    """Return the directory that a variable names; None if it is empty.
+    """Return the directory that a variable names; None if it is empty or `DOWNLOADS`.
 
     Args:
         nested: the corpus's own directory; the variable may name the one around it.
@@ -66,7 +68,7 @@ def find_corpus(
         UserError: something is missing.
     """
     home = os.environ.get(variable)
-    if not home:
+    if not home or home == DOWNLOADS:
         return None
     corpus = Path(home).absolute()
     if not corpus.is_dir():

@@ -23,11 +23,20 @@ SOURCE = "LibriSpeech, real recordings (CC BY 4.0)"
 TRAIN = ("train-clean-100", "train-clean-360", "train-other-500")
 DEV = ("dev-clean", "dev-other")
 TEST = ("test-clean", "test-other")
+SUPERB = ("train-clean-100", "dev-clean", "test-clean")
 URL = "http://www.openslr.org/resources/12"
 
 
-def find_librispeech(splits: Sequence[str], download_dir: str, url: str = URL) -> Path:
+def find_librispeech(
+    splits: Sequence[str],
+    download_dir: str,
+    url: str = URL,
+    besides: Sequence[str] = (),
+) -> Path:
     """Return the LibriSpeech directory, after a download if $LIBRISPEECH is not set.
+
+    Args:
+        besides: splits to download, too; a directory that is named may lack them.
 
     Raises:
         UserError: $LIBRISPEECH lacks a split, or the download fails.
@@ -38,6 +47,7 @@ def find_librispeech(splits: Sequence[str], download_dir: str, url: str = URL) -
         return corpus
     from lhotse.recipes.librispeech import download_librispeech
 
+    splits = list(dict.fromkeys([*splits, *besides]))
     target = Path(download_dir)
     missing = [
         split

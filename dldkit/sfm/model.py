@@ -10,7 +10,9 @@ from dldkit.depth.sampler import build_sampler
 from dldkit.errors import UserError
 from dldkit.sfm.loss import HiddenStateLoss, trim
 from dldkit.sfm.student import build_student
-from dldkit.sfm.teacher import CachedTeacher, Teacher, open_teacher
+from dldkit.sfm.teacher.cached import CachedTeacher
+from dldkit.sfm.teacher.opening import open_teacher
+from dldkit.sfm.teacher.protocol import Teacher
 from dldkit.sfm.wave import (
     cnn_features,
     frame_lengths,

@@ -7,7 +7,8 @@ from espnet2.utils.get_default_kwargs import get_default_kwargs
 
 from dldkit.errors import UserError
 from dldkit.sfm.loss import carriers_of_copies
-from dldkit.sfm.teacher import TeacherInfo, teacher_info
+from dldkit.sfm.teacher.opening import teacher_info
+from dldkit.sfm.teacher.protocol import TeacherInfo
 from dldkit.train.stacking import Stacking
 
 

@@ -20,7 +20,7 @@ from dldkit.data.datadir import Table, read_table
 from dldkit.errors import UserError
 from dldkit.report.scoring import score_texts
 from dldkit.report.tables import markdown, spread
-from dldkit.sfm.teacher import open_teacher, teacher_info
+from dldkit.sfm.teacher.opening import open_teacher, teacher_info
 from dldkit.step import Step
 
 PathLike = Union[str, Path]

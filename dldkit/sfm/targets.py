@@ -25,14 +25,9 @@ from dldkit.errors import UserError
 from dldkit.sfm.data import FRAME, SHORTEST, TARGETS
 from dldkit.sfm.int8 import pack
 from dldkit.sfm.options import usual_layers
-from dldkit.sfm.teacher import (
-    TARGETS_DESCRIPTION,
-    CachedTeacher,
-    Teacher,
-    TeacherInfo,
-    open_teacher,
-    teacher_info,
-)
+from dldkit.sfm.teacher.cached import TARGETS_DESCRIPTION, CachedTeacher
+from dldkit.sfm.teacher.opening import open_teacher, teacher_info
+from dldkit.sfm.teacher.protocol import Teacher, TeacherInfo
 from dldkit.step import Step, atomic
 
 PathLike = Union[str, Path]

@@ -9,7 +9,8 @@ from espnet2.torch_utils.device_funcs import to_device
 from espnet2.train.distributed_utils import DistributedOption
 
 from dldkit.sfm.loss import HiddenStateLoss, trim
-from dldkit.sfm.teacher import CachedTeacher, open_teacher
+from dldkit.sfm.teacher.cached import CachedTeacher
+from dldkit.sfm.teacher.opening import open_teacher
 from dldkit.tasks.sfm import SFMDistillTask
 
 ENOUGH = 100  # utterances

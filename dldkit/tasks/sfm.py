@@ -19,7 +19,8 @@ from dldkit.sfm.batches import LengthBuckets, report_used
 from dldkit.sfm.data import TARGETS, CropCollateFn, refuse_other_rates
 from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.options import complete, follow_copies, named_teacher
-from dldkit.sfm.teacher import is_cached, teacher_info, weight_files
+from dldkit.sfm.teacher.cached import is_cached
+from dldkit.sfm.teacher.opening import teacher_info, weight_files
 from dldkit.train.choices import TrainerChoice, trainer_choices
 
 # Children of multi-GPU training import just this module.

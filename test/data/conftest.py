@@ -1,7 +1,6 @@
 """Real recordings: those of AN4 that the espnet package carries."""
 
 import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,13 +16,9 @@ RECIPES = Path(__file__).resolve().parents[2] / "egs2"
 def load_recipe(corpus: str) -> ModuleType:
     """Import a recipe's local/data.py."""
     path = RECIPES / corpus / "asr1" / "local" / "data.py"
-    sys.path.insert(0, str(path.parent))  # as when it runs
     spec = importlib.util.spec_from_file_location(f"{corpus}_data", path)
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
+    spec.loader.exec_module(module)
     return module
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from dldkit.data import fsdd
 from dldkit.data.datadir import read_table, utterances
+from dldkit.data.digits import WORDS
 
 pytestmark = pytest.mark.integration
 
@@ -144,33 +146,14 @@ def test_half_of_noisy_training_is_clean(corpus):
     assert 40 < spoilt < 80
 
 
-def test_babble_has_the_level_that_was_asked_for(digits):
-    """With a talker who says silence but for noise, in a room without reflections."""
-    from noise import spoil
-
-    rng = np.random.default_rng(0)
-    tone = np.sin(np.arange(16000) / 5).astype(np.float32)
-    others = [rng.standard_normal(4000).astype(np.float32)]
-    for snr in (20.0, 0.0):
-        mixed = spoil(tone, others, snr, np.random.default_rng(1), 8000)
-        # a tone stays one in any room: what is left after fitting it is babble
-        waves = np.exp(1j * np.arange(16000) / 5)[:, None].view(float)
-        late = slice(6000, None)  # after the room's response
-        fit = np.linalg.lstsq(waves[late], mixed[late], rcond=None)[0]
-        heard = waves[late] @ fit
-        rest = mixed[late] - heard
-        found = 10 * np.log10((heard**2).mean() / (rest**2).mean())
-        assert found == pytest.approx(snr, abs=1.5)
-
-
-def test_text_says_what_was_strung_together(corpus, digits):
+def test_text_says_what_was_strung_together(corpus):
     counts = set()
     for name in SIZES:
         text = read_table(corpus / name / "text")
         speakers = read_table(corpus / name / "utt2spk")
         for utt, used in read_table(corpus / name / "utt2recordings").items():
             parts = [recording.split("_") for recording in used.split()]
-            assert text[utt].split() == [digits.WORDS[int(part[0])] for part in parts]
+            assert text[utt].split() == [WORDS[int(part[0])] for part in parts]
             assert {part[1] for part in parts} == {speakers[utt]}
             counts.add(len(parts))
     assert counts == {3, 4, 5, 6, 7}
@@ -260,7 +243,7 @@ def test_without_network(digits, source, reuse, tmp_path, monkeypatch, capsys, c
     if source != "espeak":
         pytest.skip("synthesised speech is what is left")
     monkeypatch.delenv("FSDD", raising=False)
-    monkeypatch.setattr(digits, "URL", (tmp_path / "gone.tar.gz").as_uri())
+    monkeypatch.setattr(fsdd, "URL", (tmp_path / "gone.tar.gz").as_uri())
     with pytest.raises(SystemExit):
         make(digits, tmp_path, "--source=fsdd")
     assert "set FSDD to a copy" in capsys.readouterr().err
@@ -277,7 +260,7 @@ def test_download_is_checked_and_kept(digits, source, tmp_path, monkeypatch, cap
     folder = folder / "recordings" if (folder / "recordings").is_dir() else folder
     archive = tmp_path / "archive.tar.gz"
     monkeypatch.delenv("FSDD")
-    monkeypatch.setattr(digits, "URL", archive.as_uri())
+    monkeypatch.setattr(fsdd, "URL", archive.as_uri())
 
     def pack(spoil: bool) -> None:
         with tarfile.open(archive, "w:gz", compresslevel=1) as tar:

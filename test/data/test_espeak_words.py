@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 from dldkit.data.datadir import read_table, utterances
+from dldkit.data.espeak import Espeak
 
 pytestmark = pytest.mark.integration
 
@@ -94,7 +95,7 @@ def test_words_are_drawn_as_zipf_says(words):
 
 def test_no_two_words_sound_alike(words):
     """In no accent, by espeak-ng's own phonemes."""
-    espeak = words.Espeak()
+    espeak = Espeak()
     phonemes = espeak.lib.espeak_TextToPhonemes
     phonemes.restype = ctypes.c_char_p
     chosen, _ = words.vocabulary(0)

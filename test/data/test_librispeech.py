@@ -126,6 +126,18 @@ def test_a_download_goes_on_is_checked_and_happens_once(server, tmp_path):
     assert server.ranges == []
 
 
+def test_what_a_later_stage_needs_is_downloaded_too(server, tmp_path, monkeypatch):
+    """A copy that is named need not have it."""
+    target, url = tmp_path / "downloads", f"{server.url}/12"
+    monkeypatch.setenv("LIBRISPEECH", "downloads")  # says what an empty one does
+    found = find_librispeech([], str(target), url, besides=["dev-clean"])
+    assert (found / "dev-clean").is_dir()
+    (tmp_path / "copy" / "LibriSpeech").mkdir(parents=True)
+    monkeypatch.setenv("LIBRISPEECH", str(tmp_path / "copy"))
+    found = find_librispeech([], str(target), url, besides=["dev-clean"])
+    assert not (found / "dev-clean").exists()
+
+
 def test_a_spoilt_download_is_removed_and_named(server, tmp_path):
     target, name = tmp_path / "downloads", "/12/dev-clean.tar.gz"
     target.mkdir()

@@ -11,7 +11,7 @@ from espnet2.torch_utils.device_funcs import to_device
 from dldkit.errors import UserError
 from dldkit.sfm.data import CropCollateFn
 from dldkit.sfm.model import SFMDistillModel
-from dldkit.sfm.teacher import open_teacher
+from dldkit.sfm.teacher.opening import open_teacher
 from dldkit.sfm.wave import normalize_speech
 
 NO_DROPOUT = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0)

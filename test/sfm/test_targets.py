@@ -18,7 +18,8 @@ from dldkit.errors import UserError
 from dldkit.sfm import targets
 from dldkit.sfm.data import CropCollateFn
 from dldkit.sfm.targets import collect_targets
-from dldkit.sfm.teacher import LiveTeacher, open_teacher, teacher_info
+from dldkit.sfm.teacher.live import LiveTeacher
+from dldkit.sfm.teacher.opening import open_teacher, teacher_info
 from dldkit.tasks.sfm import SFMDistillTask
 
 # samples beyond a multiple of 320: HuBERT's CNN needs 80 of them for a last frame

@@ -12,9 +12,9 @@
 # with a line that says so, unless they are in --list_dir.
 # Finished tasks are kept, interrupted ones go on from their last checkpoint. The row
 # shows every finished task of --upstream_name; those that were not run show "–".
-# SUPERB lets you choose the learning rate of each task:
-#   ./superb.sh --tasks pr --upstream_name x_lr3 \
-#       --task_args "--build_optimizer.conf.lr 1.0e-3" ...
+# SUPERB lets you choose the learning rate of each task. Of several rates, the one that is
+# best on the task's dev set counts, and more of them may be added later:
+#   ./superb.sh --lr pr=5e-4,sid=1e-2:1e-3 ...
 # QbE is not offered: s3prl's package has no such problem.
 [ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
@@ -29,6 +29,7 @@ upstream_dir=  # the student: a Hugging Face HuBERT directory from sfm_export
 upstream_name=  # of the row and of its directory; empty: that of --upstream_dir
 tasks=  # tasks to run, of pr asr ks sid sf ic er asv sd; empty: those whose corpora are named
 task_args=  # s3prl's options for these tasks, e.g. "--train.total_steps 1000"
+lr=  # learning rates by task, e.g. "pr=5e-4,sid=1e-2:1e-3"; empty: those of s3prl
 er_folds="0 1 2 3 4"  # folds of ER; its column is their mean, and SUPERB's is all five
 expdir=exp  # results go into EXPDIR/superb_NAME
 list_dir=downloads/superb  # splits and lexicons; missing ones are downloaded into it
@@ -68,6 +69,7 @@ if [ "${ngpu}" -gt 0 ]; then device=cuda; fi
     --output_dir "${expdir}/superb_${upstream_name}" \
     --tasks "${tasks}" \
     --task_args "${task_args}" \
+    --lr "${lr}" \
     --er_folds "${er_folds}" \
     --list_dir "${list_dir}" \
     --device "${device}" \

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=/dev/null
 . ./db.sh
+export LIBRISPEECH=${LIBRISPEECH:-downloads} # so that stage 13 finds what stage 1 downloads
 
 ../../TEMPLATE/ssl1/sfm.sh \
     --train_set train_960 \

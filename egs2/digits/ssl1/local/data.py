@@ -13,9 +13,17 @@ import shutil
 from pathlib import Path
 from typing import Optional, Sequence
 
-from digits import DEV, TEST, TRAIN, WORDS, Corpus, DigitSet, find_corpus, write_set
-
 from dldkit.data.datadir import Table, read_table, write_data_dir
+from dldkit.data.digits import (
+    DEV,
+    TEST,
+    TRAIN,
+    WORDS,
+    Corpus,
+    DigitSet,
+    find_digits,
+    write_set,
+)
 from dldkit.errors import UserError, report_user_errors
 
 PROBE_TRAIN, PROBE_TEST = TRAIN[:10], TEST[:5]  # takes of each digit and speaker
@@ -121,7 +129,7 @@ def prepare(args: argparse.Namespace) -> None:
         found = find_unlabelled(args.unlabelled)
         train, valid = hold_out(found, args.num_valid)
         sources.append(f"{len(found)} files of unlabelled speech")
-    corpus = find_corpus(args.source, Path(args.download_dir))
+    corpus = find_digits(args.source, Path(args.download_dir))
     logging.info(f"digits: {corpus.source}, {corpus.recordings}")
     sources.append(corpus.source)
 
@@ -159,7 +167,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--source",
         choices=("auto", "fsdd", "espeak"),
         default="auto",
-        help="of the digits, see ../asr1/local/data.py",
+        help="of the digits, fsdd: real recordings, from $FSDD or downloaded; espeak: "
+        "synthesised; auto: real ones where they can be had",
     )
     add("--num_strings", type=int, default=249, help="connected digits in train")
     add("--num_valid_strings", type=int, default=10, help="connected digits in valid")

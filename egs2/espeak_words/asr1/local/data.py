@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 import soundfile
-from espeak import Espeak
 
 from dldkit.data.datadir import write_data_dir
+from dldkit.data.espeak import Espeak
 from dldkit.errors import UserError, report_user_errors
 from dldkit.options import positive
 from dldkit.step import Step
@@ -28,8 +28,9 @@ ZIPF_SHIFT = 20  # a word's frequency is 1 / (rank + this): the first has 1 % of
 # These sound like another word of the list in one of the accents.
 HOMOPHONES = set("hair heart high ill old pear piece where write".split())
 
-# Variants of espeak-ng's voice that do not clip and have no breath, see espeak.py. Each
-# one of SEEN speaks in two of the accents, so that all accents are heard in training.
+# Variants of espeak-ng's voice that do not clip and have no breath, see
+# dldkit.data.espeak. Each one of SEEN speaks in two of the accents, so that all accents
+# are heard in training.
 ACCENTS = (
     "en-us en en-gb-x-rp en-gb-scotland en-gb-x-gbclan en-gb-x-gbcwmd en-029 en-us-nyc"
 ).split()
@@ -109,7 +110,7 @@ def draw(made: SentenceSet, lengths: tuple[int, int], seed: int) -> dict[str, Se
 
 
 def speak(sentences: dict[str, Sentence], directory: Path, seed: list[int]) -> None:
-    """Write what is said; in a process of its own, see espeak.py."""
+    """Write what is said; in a process of its own, see dldkit.data.espeak."""
     espeak, rng = Espeak(), np.random.default_rng(seed)
     for utt, (voice, text, rate, pitch) in sentences.items():
         signal = espeak(text, voice, rate, pitch, FS)

@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from dldkit.data.corpus import corpus_parser
-from dldkit.data.librispeech import DEV, TRAIN, find_librispeech, prepare
+from dldkit.data.librispeech import DEV, SUPERB, TRAIN, find_librispeech, prepare
 from dldkit.errors import report_user_errors
 from dldkit.options import parse
 
@@ -18,7 +18,9 @@ def main(cmd=None) -> None:
     )
     parser.add_argument("--name", default="train_960", help="what they are together")
     args = parse(parser, cmd)
-    corpus = find_librispeech([*args.splits, *DEV], args.download_dir)
+    splits = [*args.splits, *DEV]
+    # stage 13 trains and tests SUPERB's tasks on the others
+    corpus = find_librispeech(splits, args.download_dir, besides=SUPERB)
     sets = {args.name: args.splits, "dev": DEV}
     prepare(sets, corpus, Path(args.data_dir), args.nj)
 

@@ -1,6 +1,6 @@
 """Run s3prl.main with what it needs and newer torchaudio and pandas have no more.
 
-python -m dldkit.sfm.s3prl_main LIST_DIR PROBLEM [--option value]...
+python -m dldkit.sfm.superb.s3prl_main LIST_DIR PROBLEM [--option value]...
 """
 
 import functools
@@ -16,7 +16,7 @@ import soundfile
 import torch
 import torchaudio
 
-from dldkit.sfm.superb import LEXICONS
+from dldkit.sfm.superb.tasks import LEXICONS
 
 
 def audio_info(path: Union[str, Path]) -> SimpleNamespace:

@@ -1,0 +1,1 @@
+"""SUPERB's tasks, which s3prl runs on a frozen upstream, and their table row."""

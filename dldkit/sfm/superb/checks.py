@@ -1,0 +1,143 @@
+"""What SUPERB needs is looked for before anything runs."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Mapping, Optional, Sequence
+
+from dldkit.data.corpus import DOWNLOADS
+from dldkit.errors import UserError
+from dldkit.sfm.superb.tasks import CORPORA, TASKS
+
+INSTALL = (
+    "DLDKIT_EXTRAS=espeak,sfm,test,superb tools/install.sh, or pip install "
+    "'dldkit[superb]'"
+)
+MODULES = ("s3prl", "editdistance", "sed_eval", "more_itertools", "pkg_resources")
+
+
+def check_environment(tasks: Sequence[str]) -> None:
+    """Look for everything that the tasks need besides their corpora.
+
+    Raises:
+        UserError: a task that is none, or a package or a program is missing.
+    """
+    runnable = [name for name, task in TASKS.items() if task.problem]
+    for name in tasks:
+        if name not in runnable:
+            raise UserError(f"--tasks {name}: choose from {' '.join(runnable)}")
+    missing = [name for name in MODULES if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f"SUPERB needs {', '.join(missing)}: {INSTALL}")
+    if "asv" in tasks and not shutil.which("sox"):
+        raise UserError(
+            "ASV trims silence with the program sox, which is not in PATH: install it "
+            "(apt-get install sox, or conda install -c conda-forge sox)"
+        )
+
+
+def check_upstream(upstream_dir: Path) -> str:
+    """Return a digest of a Hugging Face HuBERT directory.
+
+    Raises:
+        UserError: it is no such directory.
+    """
+    names = ("config.json", "preprocessor_config.json", "model.safetensors")
+    digest = hashlib.sha256()
+    for name in names:
+        path = Path(upstream_dir) / name
+        if not path.is_file():
+            raise UserError(
+                f"--upstream_dir {upstream_dir}: {name} is not there; export a student "
+                "with python -m dldkit.bin.sfm_export"
+            )
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    config = json.loads((Path(upstream_dir) / "config.json").read_text())
+    if config.get("model_type") != "hubert":
+        raise UserError(
+            f"--upstream_dir {upstream_dir} holds a {config.get('model_type')} model, "
+            "and s3prl's hf_hubert_custom loads HuBERT models only"
+        )
+    return digest.hexdigest()
+
+
+def find_corpora(
+    tasks: Sequence[str], paths: dict[str, Optional[str]], downloads: bool = False
+) -> dict[str, Path]:
+    """Return the directories of the corpora that the tasks need.
+
+    Args:
+        paths: directories by their names in CORPORA.
+        downloads: what is to be found in `DOWNLOADS` need not be there yet.
+
+    Raises:
+        UserError: one was not named, or holds something else.
+    """
+    found = {}
+    for task in tasks:
+        for name in TASKS[task].corpora.values():
+            corpus, path = CORPORA[name], paths.get(name)
+            if not path:
+                raise UserError(
+                    f"{task.upper()} needs a corpus: name its directory with --{name} "
+                    f"or {name.upper()} in the environment ({corpus.source})"
+                )
+            root = Path(path).resolve()
+            if corpus.parent_of and (root / corpus.parent_of).is_dir():
+                root /= corpus.parent_of
+            missing = [part for part in corpus.holds if not (root / part).exists()]
+            if missing and not (downloads and path == DOWNLOADS):
+                raise UserError(
+                    f"--{name} {path} (or {name.upper()}) has no {', '.join(missing)}: "
+                    f"name the directory that holds it ({corpus.source})"
+                )
+            found[name] = root
+    return found
+
+
+def check_tasks(
+    tasks: Sequence[str],
+    corpora: dict[str, Optional[str]],
+    dscore: Optional[str],
+    rates: Mapping[str, Sequence[float]],
+    downloads: bool = False,
+) -> tuple[list[str], dict[str, Path]]:
+    """Return the tasks to run, and the directories of their corpora.
+
+    Args:
+        tasks: empty = those whose corpora are named.
+        corpora, downloads: see `find_corpora`.
+        rates: learning rates of tasks.
+
+    Raises:
+        UserError: a package, a program or a corpus is missing, no corpus is named, or
+            there are rates for a task that does not run, or can not choose.
+    """
+    tasks = list(tasks) or [
+        name
+        for name, task in TASKS.items()
+        if task.corpora and all(corpora.get(corpus) for corpus in task.corpora.values())
+    ]
+    if not tasks:
+        names = ", ".join(f"--{name} ({name.upper()})" for name in CORPORA)
+        raise UserError(
+            f"SUPERB has nothing to run: name the directory of a corpus with {names}"
+        )
+    check_environment(tasks)
+    found = find_corpora(tasks, corpora, downloads)
+    for task in set(rates) - set(tasks):
+        raise UserError(
+            f"--lr names {task}, which does not run: choose from {' '.join(tasks)}"
+        )
+    if len(rates.get("asv", ())) > 1:
+        raise UserError("ASV has no dev set to choose on: give --lr one rate for asv")
+    if "sd" in tasks and not (dscore and (Path(dscore) / "score.py").is_file()):
+        raise UserError(
+            f"SD is scored with dscore, and --dscore {dscore or ''} (or DSCORE) has no "
+            "score.py: git clone https://github.com/nryant/dscore (BSD 2-Clause), and "
+            "name that directory"
+        )
+    return tasks, found

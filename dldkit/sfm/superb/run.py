@@ -1,0 +1,175 @@
+"""Run SUPERB's tasks with s3prl on a frozen upstream."""
+
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from http.client import HTTPException
+from itertools import product
+from pathlib import Path
+from typing import Mapping, Optional, Sequence, Union
+
+from dldkit.errors import UserError
+from dldkit.sfm.superb.checks import check_tasks, check_upstream
+from dldkit.sfm.superb.results import (
+    directory_of,
+    finished_of,
+    options_of,
+    scores_of,
+)
+from dldkit.sfm.superb.tasks import TASKS
+from dldkit.step import Step, atomic
+
+
+def fetch_lists(tasks: Sequence[str], list_dir: Path) -> None:
+    """Download the splits and lexicons that the tasks need; files there are kept.
+
+    Raises:
+        UserError: one can not be downloaded.
+    """
+    list_dir.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        for name, url in (TASKS[task].lists or {}).items():
+            path = list_dir / name
+            if path.is_file():
+                continue
+            logging.info(f"{task}: downloading {url} to {path}")
+            try:
+                with (
+                    urllib.request.urlopen(url, timeout=60) as response,
+                    atomic(path) as part,
+                ):
+                    part.write_bytes(response.read())
+            except (OSError, HTTPException) as error:
+                raise UserError(
+                    f"{task.upper()} needs {url}, which can not be downloaded "
+                    f"({error}): fetch it elsewhere, and put it at {path}"
+                ) from error
+
+
+def run(
+    tasks: Sequence[str],
+    upstream_dir: Union[str, Path],
+    output_dir: Union[str, Path],
+    corpora: dict[str, Optional[str]],
+    list_dir: Union[str, Path],
+    task_args: Sequence[str] = (),
+    rates: Optional[Mapping[str, Sequence[float]]] = None,
+    er_folds: Sequence[int] = range(5),
+    device: str = "cpu",
+    num_workers: int = 6,
+    dscore: Optional[str] = None,
+) -> None:
+    """Train and test SUPERB's downstream models, each in ``output_dir/TASK[/lrRATE]``.
+
+    A finished task is kept, an interrupted one goes on from its last checkpoint.
+
+    Args:
+        tasks, corpora, dscore: see `check_tasks`.
+        list_dir: where splits and lexicons lie, or are downloaded to.
+        task_args: options of s3prl for all tasks.
+        rates: learning rates to train tasks with; s3prl's own for the others.
+        er_folds: of the task ER.
+        device: cpu or cuda.
+        num_workers: processes that load speech.
+
+    Raises:
+        UserError: something is missing, s3prl failed, or a task's directory is from
+            another upstream or other `task_args`.
+    """
+    upstream_dir, output_dir = Path(upstream_dir).resolve(), Path(output_dir)
+    list_dir = Path(list_dir).resolve()
+    rates = rates or {}
+    tasks, roots = check_tasks(tasks, corpora, dscore, rates)
+    settings = {"upstream": check_upstream(upstream_dir), "args": list(task_args)}
+    steps = []
+    for task in tasks:
+        for directories in finished_of(task, output_dir).values():
+            for directory in directories:  # of other rates, with which these compete
+                _refuse_others(directory, settings, options_of(directory))
+        folds = er_folds if TASKS[task].folds else [None]
+        for rate, fold in product(rates.get(task, [None]), folds):
+            directory = directory_of(task, output_dir, rate)
+            if fold is not None:
+                directory /= f"fold{fold}"
+            own = settings if rate is None else {**settings, "lr": rate}
+            step = Step(directory, {}, keep=True, **own)
+            begun = step.read(".part") or step.read(".done") or step.description
+            _refuse_others(directory, settings, begun["options"])
+            steps.append((task, rate, fold, step))
+    fetch_lists(tasks, list_dir)
+
+    for task, rate, fold, step in steps:
+        with step:
+            if step.done:
+                continue
+            directory = step.directory
+            _keep_whole_checkpoints(directory / "train")
+            options = {
+                "target_dir": str(directory.resolve()),
+                "cache_dir": str(list_dir),
+                "device": device,
+                "num_workers": num_workers,
+                "build_upstream.name": "hf_hubert_custom",
+                "build_upstream.path_or_url": str(upstream_dir),
+            }
+            for option, name in TASKS[task].corpora.items():
+                options[f"prepare_data.{option}"] = str(roots[name])
+            if fold is not None:
+                options["prepare_data.test_fold"] = fold
+            if task == "sd":
+                _link_dscore(Path(dscore).resolve(), directory)
+            # s3prl evaluates the values as Python expressions.
+            words = [w for k, v in options.items() for w in (f"--{k}", repr(v))]
+            command = [str(list_dir), TASKS[task].problem, *words, *task_args]
+            if rate is not None:
+                command += ["--build_optimizer.conf.lr", repr(rate)]
+            _run_s3prl(command, directory / "superb.log")
+            scores_of(task, directory)
+
+
+def _refuse_others(directory: Path, settings: dict, begun: dict) -> None:
+    if any(begun.get(name) != value for name, value in settings.items()):
+        raise UserError(
+            f"{directory} is from another upstream or other --task_args: remove it, or "
+            "choose another --upstream_name"
+        )
+
+
+def _keep_whole_checkpoints(train_dir: Path) -> None:
+    """Remove a checkpoint that s3prl was killed in; it writes config.yaml last."""
+    for checkpoint in train_dir.glob("step_*"):
+        if not (checkpoint / "config.yaml").exists():
+            logging.warning(f"{checkpoint} is incomplete, removed")
+            shutil.rmtree(checkpoint)
+
+
+def _link_dscore(dscore: Path, directory: Path) -> None:
+    """Put dscore where s3prl would clone it."""
+    link = directory / "evaluate" / "valid_best" / "test" / "score" / "dscore"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(dscore)
+
+
+def _run_s3prl(arguments: Sequence[str], log: Path) -> None:
+    problem = arguments[1]
+    logging.info(f"{problem}: running, log in {log}")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "dldkit.sfm.superb.s3prl_main", *arguments]
+    with open(log, "a", encoding="utf-8") as file:
+        print(f"# {shlex.join(command)}", file=file, flush=True)
+        status = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment
+        ).returncode
+    if status != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        raise UserError(
+            f"{problem} failed (exit status {status}): {(named or lines)[-1].strip()}; "
+            f"see {log}; run again to go on"
+        )

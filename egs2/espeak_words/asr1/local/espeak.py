@@ -1,1 +1,0 @@
-../../../digits/asr1/local/espeak.py

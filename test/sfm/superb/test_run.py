@@ -1,0 +1,149 @@
+"""How s3prl is run."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+from dldkit.errors import UserError
+from dldkit.sfm.superb.checks import MODULES, check_upstream
+from dldkit.sfm.superb.run import fetch_lists, run
+from dldkit.sfm.superb.tasks import TASKS, Task
+from dldkit.step import Step
+
+ROOT = Path(__file__).resolve().parents[3]
+NEEDS_S3PRL = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in MODULES),
+    reason="the extra superb is not installed",
+)
+KEYWORDS = ["yes", "no", "go", "bed"]  # bed is none of the ten: _unknown_
+
+
+@pytest.fixture(scope="module")
+def speech_commands(tmp_path_factory) -> tuple[Path, Path]:
+    """Speech Commands' layout, and its test set's, with noise for speech."""
+    root = tmp_path_factory.mktemp("commands")
+    rng = np.random.default_rng(0)
+
+    def write(path: Path, seconds: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.1 * rng.standard_normal(int(seconds * 16000)), 16000)
+
+    for word in KEYWORDS:
+        for speaker in range(20):  # s3prl hashes names to training, validation, test
+            write(root / "train" / word / f"{speaker:08x}_nohash_0.wav", 0.3)
+        test = "_unknown_" if word == "bed" else word
+        write(root / "test" / test / "0.wav", 0.3)
+    write(root / "train" / "_background_noise_" / "noise.wav", 2.5)
+    write(root / "test" / "_silence_" / "0.wav", 0.3)
+    return root / "train", root / "test"
+
+
+def test_list_that_can_not_be_downloaded_is_named(tmp_path, monkeypatch):
+    url = (tmp_path / "nothing.txt").as_uri()
+    task = Task("SuperbSID", {}, {}, lists={"kept.txt": url, "split.txt": url})
+    monkeypatch.setitem(TASKS, "sid", task)
+    (tmp_path / "kept.txt").write_text("1 a\n")
+    with pytest.raises(UserError, match=f"{url}.*put it at {tmp_path / 'split.txt'}"):
+        fetch_lists(["sid"], tmp_path)
+    assert (tmp_path / "kept.txt").read_text() == "1 a\n"
+
+
+def test_list_is_downloaded_once(tmp_path, monkeypatch):
+    source = tmp_path / "source.txt"
+    source.write_text("1 a\n")
+    task = Task("SuperbSID", {}, {}, lists={"split.txt": source.as_uri()})
+    monkeypatch.setitem(TASKS, "sid", task)
+    fetch_lists(["sid"], tmp_path / "lists")
+    source.unlink()
+    fetch_lists(["sid"], tmp_path / "lists")
+    assert [p.name for p in (tmp_path / "lists").iterdir()] == ["split.txt"]
+    assert (tmp_path / "lists" / "split.txt").read_text() == "1 a\n"
+
+
+@NEEDS_S3PRL
+def test_finished_task_is_kept_and_another_upstream_refused(
+    upstream, speech_commands, finished, tmp_path
+):
+    train, test = map(str, speech_commands)
+    corpora = {"speech_commands": train, "speech_commands_test": test}
+    directory = tmp_path / "ks"
+    finished(directory, "evaluate/valid_best/test/result.yaml", accuracy=0.5)
+    with pytest.raises(UserError, match="ks is from another upstream or other"):
+        run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
+    settings = {"upstream": check_upstream(upstream), "args": []}
+    for mark in (".done", ".part"):
+        (directory / mark).unlink(missing_ok=True)
+    with Step(directory, {}, keep=True, **settings):
+        pass
+    run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
+    assert not (directory / "superb.log").exists()  # s3prl was not started
+    other = "evaluate/valid_best/test/result.yaml"
+    finished(directory / "lr0.1", other, options=dict(lr=0.1), accuracy=0.5)
+    with pytest.raises(UserError, match="ks/lr0.1 is from another upstream or other"):
+        run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
+
+
+@NEEDS_S3PRL
+@pytest.mark.integration
+def test_keyword_spotting_runs_resumes_and_reports(upstream, speech_commands, tmp_path):
+    """superb.sh, two steps; a checkpoint that s3prl died in does not stop the next."""
+    recipe = tmp_path / "recipe"
+    recipe.mkdir()
+    template = ROOT / "egs2" / "TEMPLATE"
+    (recipe / "superb.sh").symlink_to(template / "ssl1" / "superb.sh")
+    (recipe / "path.sh").symlink_to(template / "asr1" / "path.sh")
+
+    def run(*args: object, status: int = 0) -> str:
+        command = ["./superb.sh", "--upstream_dir", upstream, "--tasks", "ks"]
+        command += ["--upstream_name", "tiny", "--ngpu", "0", "--nj", "0", *args]
+        process = subprocess.run(
+            [str(word) for word in command],
+            cwd=recipe,
+            env={
+                **{k: v for k, v in os.environ.items() if "SPEECH_COMMANDS" not in k},
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "SPEECH_COMMANDS": str(speech_commands[0]),
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=1700,
+        )
+        assert process.returncode == status, process.stdout
+        return process.stdout
+
+    assert "SPEECH_COMMANDS_TEST in the environment" in run(status=1)
+    corpus = ["--speech_commands_test", speech_commands[1]]
+    steps = "--train.eval_step 1 --train.save_step 1 --train.log_step 1"
+    args = [*corpus, "--task_args", f"{steps} --train.total_steps 2"]
+    args += ["--lr", "ks=1e-3"]
+    exp = recipe / "exp" / "superb_tiny" / "ks" / "lr0.001"
+    broken = exp / "train" / "step_1" / "model"
+    broken.mkdir(parents=True)
+    printed = run(*args)
+    assert "KS: learning rate 0.001\n" in printed
+    (config,) = (exp / "configs").glob("*.yaml")
+    optimizer = yaml.safe_load(config.read_text())["build_optimizer"]
+    assert optimizer["conf"]["lr"] == 0.001
+    (line,) = (line for line in printed.splitlines() if line.startswith("| tiny"))
+    row = [cell.strip() for cell in line.strip("| ").split("|")]
+    accuracy = yaml.safe_load(
+        (exp / "evaluate" / "valid_best" / "test" / "result.yaml").read_text()
+    )["accuracy"]
+    assert row[:3] == ["tiny", "–", f"{100 * accuracy:.2f}"]
+    log = (exp / "superb.log").read_text()
+    assert "step_1 is incomplete, removed" in printed
+    assert "train at step 1" in log and "train at step 2" in log
+
+    (exp / ".done").unlink()
+    run(*args)
+    again = (exp / "superb.log").read_text()[len(log) :]
+    assert "Loading checkpoints from" in again and "train at step" not in again
