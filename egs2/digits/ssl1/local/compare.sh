@@ -81,7 +81,7 @@ if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
         "${expdir}/untrained"
     upstreams=("teacher=${TEACHER}" "untrained=${expdir}/untrained")
     for run in "${runs[@]}"; do
-        for hf in "${expdir}/sfm_${run}"/hf "${expdir}/sfm_${run}"/hf_depth*; do
+        for hf in "${expdir}/sfm_${run}"/hf "${expdir}/sfm_${run}"/hf_depth*[0-9]; do
             if [ -d "${hf}" ]; then upstreams+=("${run}${hf##*/hf}=${hf}"); fi
         done
     done
