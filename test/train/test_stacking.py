@@ -217,6 +217,7 @@ class TestBoundaries:
         drawn: dict[int, set[int]] = {2: set(), 4: set()}
         stacking = Stacking(depths=[2, 4], method="stack", random_depth=random_depth)
         with stacking.attached(model, optimizer, 80, 1):
+            begun = copy.deepcopy(optimizer.state_dict())
             for _ in range(80):
                 depth = stacking.place["depth"]
                 drawn[depth].add(len(model.layers.active))
@@ -227,6 +228,8 @@ class TestBoundaries:
                 assert len(model.layers.active) == depth
                 model.train()
                 optimizer.step()
+            optimizer.load_state_dict(begun)
+            assert model.layers.draws == (random_depth == "always")
         first = {2} if random_depth == "last_stage" else {1, 2}
         assert drawn == {2: first, 4: {1, 2, 3, 4}}
 
