@@ -141,7 +141,9 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     settings = _check_common(options)
     config = _config(options, "sfm", systems)
     layers = OmegaConf.select(config, "student_conf.num_hidden_layers")
-    settings["export_depths"] = _depths(options, "export_depths", layers)
+    exits = OmegaConf.select(config, "model_conf.exits") or []
+    depths = _depths(options, "export_depths", layers)
+    settings["export_depths"] = depths or _depths_of_exits(exits, layers)
     _check_checkpoint(options, "inference_model", config)
     settings["teacher"] = options["teacher"] or os.environ.get("TEACHER", "")
     if not settings["teacher"] and _runs(options, 9, 10, 11, 13):
@@ -382,7 +384,7 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
     """
     text = options["exit_thresholds"]
     thresholds = _parsed(exit_thresholds, options, "exit_thresholds")
-    exits = OmegaConf.select(config, "encoder_conf.exits") or []
+    exits = OmegaConf.select(config, "encoder_conf.exits")
     given = dict(_by_name(_words(options, "inference_args")))
     if options["inference_config"]:
         given |= merge_files([options["inference_config"]])
@@ -397,9 +399,14 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
         raise UserError(f"--exit_thresholds {text}: {reason}")
     if reason or thresholds == "none":
         return {"exit_thresholds": "none", "exits": ""}
+    return {"exits": _depths_of_exits(exits, _num_layers(config))}
+
+
+def _depths_of_exits(exits: int | Sequence[int], layers: Any) -> str:
+    """Return `exits` of a config as "2 4"; every so many layers need their number."""
     if isinstance(exits, int):
-        exits = range(exits, _num_layers(config) or 0, exits)
-    return {"exits": " ".join(str(exit_) for exit_ in exits)}
+        exits = range(exits, layers or 0, exits)
+    return " ".join(map(str, exits))
 
 
 def _check_waveforms(options: Mapping[str, str], config: DictConfig) -> None:

@@ -99,7 +99,7 @@ BAD_ASR = """
 """
 
 BAD_SFM = """
---system nope | there is no nope.yaml .* choose one of full, gradstack
+--system nope | there is no nope.yaml .* choose one of every_depth, full, gradstack
 --targets dead | --targets dead: choose one of live, cached
 --probe nope | --probe nope: choose one of probe, superb, none
 --valid_set train | --train_set and --valid_set are both train
@@ -200,6 +200,25 @@ def check(tmp_path, monkeypatch):
         return check_asr({**options, **changes}, ROOT / "conf" / "systems")
 
     return run
+
+
+@pytest.mark.parametrize(
+    "changes, depths",
+    [
+        (dict(system="every_depth"), "3 6 9"),
+        (dict(system="every_depth", export_depths="4,2"), "4 2"),
+        (dict(system="every_depth", sfm_args="--model_conf exits=5"), "5 10"),
+        (dict(system="full"), ""),
+    ],
+)
+def test_exits_are_exported_where_no_depths_are_named(monkeypatch, changes, depths):
+    from dldkit.recipe import check_sfm
+
+    monkeypatch.chdir(DISTILL)
+    options = defaults(ROOT / "egs2/TEMPLATE/ssl1/sfm.sh")
+    options.update(teacher="teacher", **changes)
+    settings = check_sfm(options, ROOT / "conf" / "systems_ssl")
+    assert settings["export_depths"] == depths
 
 
 @pytest.mark.parametrize(

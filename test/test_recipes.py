@@ -744,10 +744,10 @@ def test_every_distillation_config_builds_its_student(
     conf = built["trainer_conf"]
     if system.stem != "full":
         assert conf["depths"] == [3, 6, 9, 12]
-        assert conf["method"] == dict(stackbert="stack").get(
-            system.stem, system.stem.split("_")[0]
-        )
-        assert (conf["schedule"] == "prop") == (system.stem == "interleave_prop1")
+        methods = dict(stackbert="stack", every_depth="interleave")
+        assert conf["method"] == methods.get(system.stem, system.stem.split("_")[0])
+        is_prop = system.stem in ("interleave_prop1", "every_depth")
+        assert (conf["schedule"] == "prop") == is_prop
     assert len(built["model_conf"]["teacher_layers"]) == 3
     assert built["best_model_criterion"] == [["valid", "loss", "min"]]
     # 7 % of the steps to warm up, then to zero, however many there are

@@ -10,6 +10,7 @@ from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
 from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 
+from dldkit.depth.exits import depths_of_exits
 from dldkit.depth.layers import DynamicDepth, GatedLayers
 from dldkit.depth.sampler import build_sampler
 from dldkit.depth.selector import SELECTORS
@@ -38,13 +39,7 @@ class ExitingEncoder(DynamicDepth):
         Raises:
             UserError: for exits that the encoder does not have, or that mean no depth.
         """
-        self.exits = depths_of_exits(exits, len(self.gates))
-        if self.exits and layer_choice != "prefix":
-            raise UserError(
-                f"exits {exits} with layer_choice: {layer_choice}: what layer n gives "
-                "is the output of depth n just where a depth means the first layers; "
-                "set layer_choice: prefix"
-            )
+        self.exits = depths_of_exits(exits, len(self.gates), layer_choice)
         if layer_choice in SELECTORS:
             self.selector = layer_choice
 
@@ -201,25 +196,6 @@ class LayerDropEncoder(ExitingEncoder):
     def __init_subclass__(cls):
         super().__init_subclass__()
         cls.__signature__ = merged_signature(cls)
-
-
-def depths_of_exits(exits: Union[int, Sequence[int]], num_layers: int) -> list[int]:
-    """Return the depths of the exits below the last layer.
-
-    Raises:
-        UserError: for an exit that the encoder does not have.
-    """
-    if isinstance(exits, int):
-        if exits < 1:
-            raise UserError(f"exits: {exits}: write a number above 0, or depths")
-        return list(range(exits, num_layers, exits))
-    for depth in exits:
-        if not isinstance(depth, int) or not 1 <= depth < num_layers:
-            raise UserError(
-                f"exits {list(exits)}: {depth!r} is no depth below the {num_layers} "
-                "layers of the encoder"
-            )
-    return sorted(set(exits))
 
 
 class LDConformerEncoder(LayerDropEncoder, ConformerEncoder):

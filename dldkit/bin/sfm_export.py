@@ -25,7 +25,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--depth", type=positive, help="number of layers; all by default"
     )
     depth.add_argument("--layers", type=layer_list, help="the layers, as 0,3,7")
-    add("--selector", choices=list(SELECTORS), default="even", help="layers of a depth")
+    add("--selector", choices=list(SELECTORS), help="default: as the model was trained")
     return parser
 
 

@@ -88,9 +88,14 @@ class Gates(torch.nn.Module):
         finally:
             _visitors.reset(token)
 
-    def select(self, layers: Sequence[int]) -> None:
-        """Choose the slots that run in evaluation and are drawn from in training."""
+    def select(self, layers: Sequence[int], draws: bool = True) -> None:
+        """Choose the slots that run in evaluation and are drawn from in training.
+
+        Args:
+            draws: False = training steps run all of them, whatever the sampler says.
+        """
         self.selected = tuple(layers)
+        self.draws = draws
         self._drawn: list[tuple[int, ...]] = []
         self._smallest: Optional[tuple[int, ...]] = None
 
@@ -104,6 +109,8 @@ class Gates(torch.nn.Module):
 
     def draws_of_step(self, number: int) -> list[tuple[int, ...]]:
         """Return several draws of this optimiser step; the first one is its own."""
+        if not self.draws:
+            return [self.selected] * number
         if self._rng is None:
             self._follow_seed()
         if self._step != _optimizer_steps:
@@ -118,6 +125,8 @@ class Gates(torch.nn.Module):
 
         What is there twice is left out (sandwich rule, arXiv 1903.05134).
         """
+        if not self.draws:
+            return [self.selected]
         draws = self.draws_of_step(number)
         if self._smallest is None:
             self._smallest = self.sampler.choose(

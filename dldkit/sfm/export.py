@@ -24,7 +24,7 @@ def export(
     config: Union[str, Path, None] = None,
     depth: Optional[int] = None,
     layers: Optional[Sequence[int]] = None,
-    selector: str = "even",
+    selector: Optional[str] = None,
 ) -> tuple[int, ...]:
     """Write a student trained with dldkit as a Hugging Face directory.
 
@@ -35,7 +35,7 @@ def export(
         config: of the training; None = config.yaml beside the checkpoint.
         depth: number of layers; None = all.
         layers: the slots themselves, instead of a depth.
-        selector: `even` or `prefix`, for a depth.
+        selector: `even` or `prefix`, for a depth; None = as the training drew layers.
 
     Returns:
         The slots that were exported.
@@ -61,7 +61,9 @@ def export(
             f"belongs to another config than {config}"
         )
     student = model.student
-    slots = select_layers(student.config.num_hidden_layers, depth, layers, selector)
+    slots = select_layers(
+        student.config.num_hidden_layers, depth, layers, selector or model.selector
+    )
     export_student(student, model.normalize, slots, output_dir)
     return slots
 

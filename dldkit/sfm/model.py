@@ -1,12 +1,14 @@
 """Distillation of a speech foundation model into a student of variable depth."""
 
-from typing import Any, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import torch
 from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
+from dldkit.depth.exits import depths_of_exits
 from dldkit.depth.sampler import build_sampler
+from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 from dldkit.sfm.loss import HiddenStateLoss, trim
 from dldkit.sfm.student import build_student
@@ -18,6 +20,7 @@ from dldkit.sfm.wave import (
     frame_lengths,
     hidden_states,
     normalize_speech,
+    states_of_depth,
 )
 
 CARRIED_BY = ("position", "copies", "last")
@@ -25,6 +28,10 @@ CARRIED_BY = ("position", "copies", "last")
 
 class SFMDistillModel(AbsESPnetModel):
     """A student that learns a frozen teacher's hidden states (arXiv 2606.11766).
+
+    With `exits`, the loss is the mean over the depth that a step runs and the exits
+    below it (as early exit does in ASR: arXiv 2309.09546). Each learns all teacher
+    layers.
 
     Args:
         student_conf: keys of `transformers.HubertConfig`.
@@ -43,10 +50,16 @@ class SFMDistillModel(AbsESPnetModel):
             6: [2, 4, 6]}; with `copies`, training fills it in.
         cnn_init: `teacher` copies the weights of its CNN front end; null = random.
         freeze_cnn: keep the CNN front end as it is.
-        depth_sampler: which layers a training step runs: `full` | `bernoulli` |
-            `uniform`.
+        depth_sampler: how many layers a training step runs: `full` | `bernoulli` |
+            `uniform` | the weight of each depth, as {12: 2, 6: 1, 3: 1}.
         keep_prob: probability of keeping a layer, for `bernoulli`.
         min_depth: fewest layers of a training step.
+        layer_choice: which layers a drawn depth means: `random` | `even` | `prefix`.
+            The latter two are what it means at export, too.
+        exits: depths that have projections of their own, and whose output is trained
+            as well where a step passes them on its way to a deeper one. A number
+            stands for every so many layers. Needs `layer_choice: prefix`. A drawn depth
+            that is none has the projections of the next exit.
         teacher_size: dimension of its hidden states; null = ask the teacher.
         normalize: bring speech to zero mean and unit variance; null = as the teacher.
 
@@ -67,9 +80,11 @@ class SFMDistillModel(AbsESPnetModel):
         student_layers: Optional[dict[int, Sequence[int]]] = None,
         cnn_init: Optional[str] = None,
         freeze_cnn: bool = False,
-        depth_sampler: str = "full",
+        depth_sampler: Union[str, Mapping[int, float]] = "full",
         keep_prob: float = 0.5,
         min_depth: int = 1,
+        layer_choice: str = "random",
+        exits: Union[int, Sequence[int]] = (),
         teacher_size: Optional[int] = None,
         normalize: Optional[bool] = None,
         target_norm: str = "none",
@@ -82,15 +97,26 @@ class SFMDistillModel(AbsESPnetModel):
             raise UserError(
                 f"unknown carried_by {carried_by!r}: choose {', '.join(CARRIED_BY)}"
             )
-        sampler = build_sampler(depth_sampler, keep_prob, min_depth)
+        sampler = build_sampler(depth_sampler, keep_prob, min_depth, layer_choice)
         self.student = build_student(student_conf, sampler)
-        self.loss = HiddenStateLoss(
-            self.student.config.hidden_size,
-            teacher_size,
-            teacher_layers,
-            layer_weight,
-            loss,
-            target_norm,
+        self.selector = layer_choice if layer_choice in SELECTORS else "even"
+        self.exits = depths_of_exits(
+            exits, self.student.config.num_hidden_layers, layer_choice
+        )
+
+        def new_loss() -> HiddenStateLoss:
+            return HiddenStateLoss(
+                self.student.config.hidden_size,
+                teacher_size,
+                teacher_layers,
+                layer_weight,
+                loss,
+                target_norm,
+            )
+
+        self.loss = new_loss()
+        self.exit_losses = torch.nn.ModuleDict(
+            {str(depth): new_loss() for depth in self.exits}
         )
         self.student_layers = _checked(student_layers or {}, len(teacher_layers))
         self.carried_by = carried_by
@@ -151,13 +177,33 @@ class SFMDistillModel(AbsESPnetModel):
         states = hidden_states(self.student, features, lengths)
         states, expected, lengths = trim(states, lengths, expected, expected_lengths)
         depth = len(states) - 1
+        depths = [*(exit_ for exit_ in self.exits if exit_ < depth), depth]
+        found = [self._loss_at(d, states, expected, lengths) for d in depths]
+        losses, parts = zip(*found)
+        loss = sum(losses) / len(losses)
+        stats = {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}
+        stats.update(loss=loss.detach(), depth=loss.new_full((), depth))
+        if self.exits and not self.training:
+            for d, value in zip(depths, losses):
+                stats[f"loss_depth{d}"] = value.detach()
+        weight = torch.full((), speech.size(0), device=loss.device)
+        return force_gatherable((loss, stats, weight), loss.device)
+
+    def _loss_at(
+        self,
+        depth: int,
+        states: Sequence[torch.Tensor],
+        expected: Sequence[torch.Tensor],
+        lengths: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss of the first `depth` layers that run, and its parts."""
+        exit_ = next((exit_ for exit_ in self.exits if exit_ >= depth), None)
+        loss = self.loss if exit_ is None else self.exit_losses[str(exit_)]
         layers = self.student_layers.get(depth)
         if layers is None and self.carried_by == "last":
             layers = [depth] * len(expected)
-        loss, stats = self.loss(states, expected, lengths, layers)
-        stats.update(loss=loss.detach(), depth=loss.new_full((), depth))
-        weight = torch.full((), speech.size(0), device=loss.device)
-        return force_gatherable((loss, stats, weight), loss.device)
+        states = states_of_depth(self.student, states, depth)
+        return loss(states, expected, lengths, layers)
 
     def cnn_features(
         self, speech: torch.Tensor, speech_lengths: torch.Tensor

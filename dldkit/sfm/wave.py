@@ -5,7 +5,7 @@ not wait for the GPU.
 """
 
 from contextlib import contextmanager
-from typing import Iterable, Iterator, Optional
+from typing import Iterable, Iterator, Optional, Sequence
 
 import torch
 from transformers import PreTrainedModel, WhisperFeatureExtractor
@@ -136,6 +136,22 @@ def hidden_states(
     with outputs_of(model.encoder.layers.children()) as states:
         output = model.encoder(projected, attention_mask=mask)
     return [*states[:-1], output.last_hidden_state]
+
+
+def states_of_depth(
+    model: PreTrainedModel, states: Sequence[torch.Tensor], depth: int
+) -> list[torch.Tensor]:
+    """Return what `hidden_states` gives where just the first `depth` layers run.
+
+    Args:
+        states: what it gave where at least these ran (Batch, Time, Dim).
+    """
+    if depth == len(states) - 1:
+        return list(states)
+    output = states[depth]
+    if model.config.do_stable_layer_norm:  # it ends in a LayerNorm
+        output = model.encoder.layer_norm(output)
+    return [*states[:depth], output]
 
 
 @contextmanager

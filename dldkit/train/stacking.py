@@ -39,6 +39,8 @@ class Stacking:
         optimizer_state: clones `copy` the moments of their original, or have `zero`.
         stage_warmup_steps: optimiser steps after each growth during which the learning
             rate rises linearly to what the scheduler says.
+        random_depth: which stages draw the layers of each step, for a model with a
+            depth_sampler: `always` | `last_stage`; the others run all layers they have.
         total_steps: optimiser steps of the whole training; None = max_epoch times the
             steps of an epoch.
 
@@ -55,17 +57,23 @@ class Stacking:
         fractions: Optional[Sequence[float]] = None,
         optimizer_state: str = "copy",
         stage_warmup_steps: int = 0,
+        random_depth: str = "always",
         total_steps: Optional[int] = None,
     ):
         if optimizer_state not in ("copy", "zero"):
             raise UserError(
                 f"unknown optimizer_state {optimizer_state!r}: choose copy or zero"
             )
+        if random_depth not in ("always", "last_stage"):
+            raise UserError(
+                f"unknown random_depth {random_depth!r}: choose always or last_stage"
+            )
         self.method = method
         self.depths = list(depths)
         self.copy_maps = copy_maps(method, self.depths)
         self.optimizer_state = optimizer_state
         self.stage_warmup_steps = stage_warmup_steps
+        self.random_depth = random_depth
         self.total_steps = total_steps
         self.boundaries_of = partial(
             boundaries,
@@ -87,7 +95,8 @@ class Stacking:
         """Act on a model and its optimiser while the context lasts.
 
         Raises:
-            UserError: when the model has no gated layers, or another depth.
+            UserError: when the model has no gated layers, or another depth, or draws
+                none where `random_depth` wants it to.
         """
         layers = find_gates(model)
         if layers is None:
@@ -100,6 +109,11 @@ class Stacking:
             raise UserError(
                 f"trainer_conf depths {self.depths} end at {self.depths[-1]} layers, "
                 f"but the model has {len(layers)}"
+            )
+        if self.random_depth == "last_stage" and layers.sampler.is_full:
+            raise UserError(
+                "trainer_conf random_depth: last_stage, and the model draws no depths: "
+                "set depth_sampler to another one than full, or remove it"
             )
         total = total_steps(steps_per_epoch, max_epoch, self.total_steps)
         self.layers, self.optimizer = layers, optimizer
@@ -140,7 +154,11 @@ class Stacking:
             "depths": self.depths,
         }
         self.optimizer.param_groups[0]["stacking"] = place
-        self.layers.select(range(depth))
+        self._select(depth)
+
+    def _select(self, depth: int) -> None:
+        draws = self.random_depth == "always" or depth == self.depths[-1]
+        self.layers.select(range(depth), draws)
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
         depths = optimizer.param_groups[0].get("stacking", {}).get("depths")
@@ -150,7 +168,7 @@ class Stacking:
                 f"{self.depths} (it has {depths}): go on with the trainer_conf that "
                 "it was begun with, or remove it"
             )
-        self.layers.select(range(self.place["depth"]))
+        self._select(self.place["depth"])
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Lower the learning rate for one step, in a stage's warm-up."""

@@ -14,6 +14,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from dldkit.bin import sfm_teacher_loss
 from dldkit.bin.sfm_distill_train import main
+from dldkit.depth.layers import GatedModuleList, optimizer_steps
 from dldkit.sfm.batches import LengthBuckets
 from dldkit.sfm.segments import cut_data
 from dldkit.sfm.targets import collect_targets
@@ -276,6 +277,76 @@ def test_a_resumed_run_is_the_unbroken_one(trained, training, tmp_path, epochs):
     assert_same_runs(trained, tmp_path / "exp")
 
 
+# Nine steps: one layer for two, two layers until the fourth, amid the second epoch, and
+# then one, two or four, drawn for each.
+EVERY_DEPTH = dict(
+    model_conf=dict(
+        depth_sampler={1: 1, 2: 1, 4: 1}, layer_choice="prefix", exits=[1, 2]
+    ),
+    trainer_conf=dict(
+        depths=[1, 2, 4],
+        schedule="fractions",
+        fractions=[2 / 9, 2 / 9, 5 / 9],
+        random_depth="last_stage",
+    ),
+)
+# A training that is killed, for good, in its fifth optimiser step.
+KILLED = """
+import os, signal, sys, torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from dldkit.bin.sfm_distill_train import main
+torch.set_num_threads(1)
+steps = []
+def count(*_):
+    steps.append(1)
+    if len(steps) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+register_optimizer_step_post_hook(count)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.integration
+def test_a_student_of_every_depth_grows_and_then_draws_depths(
+    training, python, tmp_path, monkeypatch
+):
+    """And ends alike when it is killed twice, at depths that are drawn."""
+    drawn = []
+    layers_of_step = GatedModuleList.layers_of_step
+
+    def recorded(gates):
+        layers = layers_of_step(gates)
+        if drawn[-1:] != [(optimizer_steps(), layers)]:
+            drawn.append((optimizer_steps(), layers))
+        return layers
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the other processes
+    with monkeypatch.context() as patch:
+        patch.setattr(GatedModuleList, "layers_of_step", recorded)
+        main(training(tmp_path / "whole", **EVERY_DEPTH))
+    steps = {step: layers for step, layers in drawn}
+    depths = [len(layers) for layers in steps.values()]
+    assert list(steps.values()) == [tuple(range(depth)) for depth in depths]
+    assert len(depths) == 9 and depths[:4] == [1, 1, 2, 2]
+    assert set(depths[4:]) <= {1, 2, 4} and len(set(depths[4:])) > 1
+
+    epochs = load(tmp_path / "whole" / "checkpoint.pth")["reporter"]["stats"]
+    for epoch, exits in ((1, [1, 2]), (2, [1, 2, 4]), (3, [1, 2, 4])):
+        valid = epochs[epoch]["valid"]
+        losses = [valid[f"loss_depth{n}"] for n in exits]
+        assert valid["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert "loss_depth4" not in epochs[1]["valid"]
+
+    for _ in range(2):  # after five steps, and after eight
+        python("-c", KILLED, *training(tmp_path / "broken", **EVERY_DEPTH), status=-9)
+    stats = load(tmp_path / "broken" / "checkpoint.pth")["reporter"]["stats"]
+    assert list(stats) == [1, 2]
+    main(training(tmp_path / "broken", **EVERY_DEPTH))
+    torch.set_num_threads(threads)
+    assert_same_runs(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_print_config_shows_our_options(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sfm_distill_train", "--print_config"])
     output = io.StringIO()
@@ -292,9 +363,11 @@ def test_print_config_shows_our_options(monkeypatch):
         cnn_init=None,
         freeze_cnn=False,
         depth_sampler="full",
+        layer_choice="random",
+        exits=[],
         normalize=None,
     )
-    assert ours.items() <= config["model_conf"].items()
+    assert {name: config["model_conf"].get(name) for name in ours} == ours
     assert config["student_conf"] == {} and config["collate_fn_conf"] == {}
     assert (config["model"], config["trainer"]) == ("sfm_distill", "resumable")
     assert config["batch_type"] == "sorted"
@@ -324,6 +397,11 @@ def test_collect_stats_writes_the_lengths_of_whole_utterances(
         (dict(trainer="resumable"), "takes no trainer_conf"),
         (dict(trainer_conf=dict(depths=[2, 6])), "the model has 4"),
         (dict(trainer_conf=dict(depth=[2, 4])), "trainer_conf: .*'depth'"),
+        (
+            dict(trainer_conf=dict(depths=[2, 4], random_depth="last_stage")),
+            "the model draws no depths",
+        ),
+        (dict(model_conf=dict(exits=[2])), "set layer_choice: prefix"),
     ],
     ids=str,
 )

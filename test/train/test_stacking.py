@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Optional
 
 import espnet2.train.trainer
 import pytest
@@ -19,6 +20,7 @@ from espnet2.train.reporter import Reporter
 
 from dldkit.bin.asr_train import main
 from dldkit.depth.layers import GatedModuleList
+from dldkit.depth.sampler import DepthSampler, UniformSampler
 from dldkit.errors import UserError
 from dldkit.train.stacking import FullDepthReporter, Stacking, StackingTrainer
 
@@ -151,9 +153,10 @@ def refusal(command, capsys) -> str:
 class Tower(torch.nn.Module):
     """As many layers as slots, and a weight whose gradient is always 1."""
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int, sampler: Optional[DepthSampler] = None):
         super().__init__()
-        self.layers = GatedModuleList(torch.nn.Linear(2, 2) for _ in range(slots))
+        layers = (torch.nn.Linear(2, 2) for _ in range(slots))
+        self.layers = GatedModuleList(layers, sampler)
         self.meter = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     def forward(self, x):
@@ -205,6 +208,30 @@ class TestBoundaries:
                 optimizer.step()
         assert found == expected
         assert stages == [1 + depths.index(depth) for depth in expected]
+
+    @pytest.mark.parametrize("random_depth", ["always", "last_stage"])
+    def test_random_depth_may_wait_for_the_last_stage(self, random_depth):
+        """A stage that draws none runs all of its layers, a sandwich included."""
+        model = Tower(4, UniformSampler(layer_choice="prefix"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        drawn: dict[int, set[int]] = {2: set(), 4: set()}
+        stacking = Stacking(depths=[2, 4], method="stack", random_depth=random_depth)
+        with stacking.attached(model, optimizer, 80, 1):
+            begun = copy.deepcopy(optimizer.state_dict())
+            for _ in range(80):
+                depth = stacking.place["depth"]
+                drawn[depth].add(len(model.layers.active))
+                sandwich = model.layers.sandwich_of_step(1)
+                waits = random_depth == "last_stage" and depth == 2
+                assert (sandwich == [(0, 1)]) == waits
+                model.eval()
+                assert len(model.layers.active) == depth
+                model.train()
+                optimizer.step()
+            optimizer.load_state_dict(begun)
+            assert model.layers.draws == (random_depth == "always")
+        first = {2} if random_depth == "last_stage" else {1, 2}
+        assert drawn == {2: first, 4: {1, 2, 3, 4}}
 
     def test_total_steps_takes_the_place_of_the_epochs(self):
         model = Tower(2)
@@ -343,6 +370,7 @@ class TestRefusals:
         [
             (dict(optimizer_state="keep"), "'keep': choose copy or zero"),
             (dict(method="zip"), "unknown method 'zip'"),
+            (dict(random_depth="never"), "'never': choose always or last_stage"),
             (dict(depths=[3, 5]), "6 or 9 would fit"),
             (dict(schedule="late"), "unknown schedule 'late'"),
             (dict(schedule="fractions", fractions=[1.0]), "4 numbers above 0"),
@@ -363,6 +391,13 @@ class TestRefusals:
         optimizer = torch.optim.SGD(model.parameters())
         stacking = Stacking(depths=[1, 3])
         with pytest.raises(UserError, match=r"\[1, 3\] end at 3 .* the model has 4"):
+            stacking.attached(model, optimizer, 100, 1).__enter__()
+
+    def test_of_random_depth_where_none_is_drawn(self):
+        model = Tower(4)
+        optimizer = torch.optim.SGD(model.parameters())
+        stacking = Stacking(depths=[1, 4], random_depth="last_stage")
+        with pytest.raises(UserError, match="last_stage.*set depth_sampler to another"):
             stacking.attached(model, optimizer, 100, 1).__enter__()
 
     def test_of_too_few_steps(self):

@@ -51,14 +51,14 @@ targets_dtype=float16  # of cached targets: float16, or int8 at half the size
 
 ## Student
 system=full  # how the student grows: a file of conf/systems_ssl
-    # (full interleave_eql interleave_prop1 stackbert gradstack midas)
+    # (full interleave_eql interleave_prop1 stackbert gradstack midas every_depth)
 sfm_config=conf/train_sfm.yaml  # training config; that of --system is merged over it
 sfm_args=  # more options of sfm_distill_train, e.g. "--max_epoch 20 --model_conf loss=l1_cosine"
 sfm_tag=  # suffix of its experiment directory; empty: made from the settings
 seed=  # seed of the training; empty: that of the config
 inference_model=valid.loss.ave.pth  # checkpoint to export
-export_depths=  # other depths to export too, e.g. "9 6 3"; for students trained at these depths
-selector=even  # which layers such a depth means: even or prefix
+export_depths=  # other depths to export too, e.g. "9 6 3"; empty: the exits of the training
+selector=  # which layers such a depth means: even or prefix; empty: as the student was trained
 
 ## Scores
 probe=probe  # probe (on the recipe's own sets), superb (superb.sh, on the corpora you have) or none
@@ -197,6 +197,21 @@ write_scores() { # ${sfm_exp}/RESULTS.md: a row for the teacher and for each exp
     cat "${sfm_exp}/RESULTS.md"
 }
 
+write_superb() { # ${sfm_exp}/RESULTS.md: a table for each export
+    local dir name options tables=()
+    mapfile -t options < <(words "${superb_args}")
+    list_exports
+    for dir in "${exports[@]}"; do
+        stage_needs "${dir}/config.json" "stage 12"
+        name=${sfm_tag}${dir#"${sfm_exp}/hf"}
+        "${template}/superb.sh" --upstream_dir "${dir}" --upstream_name "${name}" \
+            --expdir "${expdir}" --ngpu $((ngpu > 0)) --python "${python}" "${options[@]}"
+        tables+=("${expdir}/superb_${name}/superb.md")
+    done
+    # an empty line between two tables
+    awk 'FNR == 1 && NR > 1 { print "" } { print }' "${tables[@]}" >"${sfm_exp}/RESULTS.md"
+}
+
 #
 # Data
 #
@@ -256,7 +271,7 @@ if run_stage 12; then
     export_model "${sfm_exp}/hf"
     for depth in ${export_depths}; do
         export_model "${sfm_exp}/hf_depth${depth}" \
-            --depth "${depth}" --selector "${selector}"
+            --depth "${depth}" ${selector:+--selector "${selector}"}
     done
 fi
 
@@ -267,13 +282,8 @@ if run_stage 13 "${skip_eval}"; then
             write_scores
             ;;
         superb)
-            log "Stage 13: SUPERB: ${sfm_exp}/hf"
-            stage_needs "${sfm_exp}/hf/config.json" "stage 12"
-            mapfile -t options < <(words "${superb_args}")
-            "${template}/superb.sh" --upstream_dir "${sfm_exp}/hf" \
-                --upstream_name "${sfm_tag}" --expdir "${expdir}" \
-                --ngpu $((ngpu > 0)) --python "${python}" "${options[@]}"
-            cp "${expdir}/superb_${sfm_tag}/superb.md" "${sfm_exp}/RESULTS.md"
+            log "Stage 13: SUPERB: ${sfm_exp}/RESULTS.md"
+            write_superb
             ;;
         none) log "Stage 13: No scores: --probe none" ;;
     esac

@@ -27,7 +27,8 @@ class Training(NamedTuple):
     """What a finished training took and reached."""
 
     seconds: float  # of its training steps; an interruption does not count
-    loss: float  # of validation, after the last epoch
+    loss: float  # of validation, after the last epoch, at full depth
+    loss_at: dict[int, float]  # the same at each depth, if there are exits
 
 
 def read_training(exp: Path) -> Training:
@@ -45,7 +46,16 @@ def read_training(exp: Path) -> Training:
     seconds = sum(
         epoch["train"]["time"].total_seconds() for epoch in reporter.stats.values()
     )
-    return Training(seconds, reporter.get_value("valid", "loss", reporter.get_epoch()))
+    valid = reporter.stats[reporter.get_epoch()]["valid"]
+    prefix = "loss_depth"
+    loss_at = {
+        int(name.removeprefix(prefix)): float(value)
+        for name, value in valid.items()
+        if name.startswith(prefix)
+    }
+    # with exits, `loss` is the mean over them
+    loss = loss_at[max(loss_at)] if loss_at else float(valid["loss"])
+    return Training(seconds, loss, loss_at)
 
 
 def step_time(exp: Path, measured: dict) -> Optional[float]:
@@ -55,6 +65,8 @@ def step_time(exp: Path, measured: dict) -> Optional[float]:
         measured: what bench/step_time.py wrote.
     """
     config = yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
+    if config["model_conf"].get("exits"):
+        return None  # their steps are not measured
     if config["trainer"] != "stacking":
         depth = config["student_conf"]["num_hidden_layers"]
         return measured.get("depths", {}).get(str(depth))
@@ -69,6 +81,7 @@ def read_json(path: Path) -> dict:
 
 def table(
     trainings: dict[str, list[Training]],
+    losses: dict[str, list[float]],
     step_times: dict[str, Optional[float]],
     scores: dict[str, list[dict[str, list[float]]]],
     teacher_loss: Optional[float] = None,
@@ -77,6 +90,7 @@ def table(
 
     Args:
         trainings: of each system, one for each seed.
+        losses: of each row that was trained, one for each seed.
         step_times: of each system, the ratio to `full`, if it was measured.
         scores: of each row's upstreams, each score with every seed of the probe.
         teacher_loss: its own loss on the student's input.
@@ -98,7 +112,8 @@ def table(
                 cells[2] = f"{statistics.mean(seconds) / reference:.2f}"
             if step_times[name] is not None:
                 cells[3] = f"{step_times[name]:.2f}"
-            cells[4] = spread([run.loss for run in runs], 4)
+        if name in losses:
+            cells[4] = spread(losses[name], 4)
         for score in SCORES:
             values = [value for upstream in upstreams for value in upstream[score]]
             cells.append(spread(values, 1))
@@ -128,6 +143,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     probed = read_json(expdir / "probe" / "probe.json").get("upstreams", {})
     measured = read_json(Path(args.step_times))
     trainings: dict[str, list[Training]] = {}
+    losses: dict[str, list[float]] = {}
     step_times: dict[str, Optional[float]] = {}
     scores = {
         name: [probed[name]] for name in ("teacher", "untrained") if name in probed
@@ -137,9 +153,18 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             raise UserError(f"{run} has no probe scores: run stage 3 again")
         system = run.rpartition("_seed")[0]
         exp = expdir / f"sfm_{run}"
-        trainings.setdefault(system, []).append(read_training(exp))
+        training = read_training(exp)
+        trainings.setdefault(system, []).append(training)
         step_times[system] = step_time(exp, measured)
+        losses.setdefault(system, []).append(training.loss)
         scores.setdefault(system, []).append(probed[run])
+        for name in probed:
+            if name.startswith(f"{run}_depth"):
+                depth = int(name.removeprefix(f"{run}_depth"))
+                row = f"{system}, depth {depth}"
+                if depth in training.loss_at:
+                    losses.setdefault(row, []).append(training.loss_at[depth])
+                scores.setdefault(row, []).append(probed[name])
     first = expdir / f"sfm_{args.runs[0]}" / "teacher_loss.json"
     teacher_loss = read_json(first).get("loss")
     body = [
@@ -149,7 +174,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         "the ratio to full that bench/step_time.py measures side by side. The "
         "teacher's loss is its own on what the students hear.",
         "",
-        table(trainings, step_times, scores, teacher_loss),
+        table(trainings, losses, step_times, scores, teacher_loss),
         "",
         f"Made by `{args.command.strip()}` on {date.today()} with espnet "
         f"{espnet.__version__}, torch {torch.__version__}, Python "

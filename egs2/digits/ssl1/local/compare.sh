@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Compare a student of full depth with students that grow, at the same number of steps.
+# Compare a student of full depth with students that grow, and one student at each depth
+# with students of these depths, all trained for the same number of steps.
 #
 #   local/compare.sh [--option value]...
 #
-# Every system is trained with its seeds, exported and probed, and put into a table of
-# README.md beside the teacher and an untrained student. Each run has a directory of its
+# Every system is trained with its seeds, exported at full depth and at its exits, probed,
+# and put into a table of README.md beside the teacher and an untrained student. Each run has a directory of its
 # own: run the command again after an interruption.
 #
 # Stages:
@@ -16,7 +17,7 @@ set -euo pipefail
 ## General
 stage=1  # first stage to run
 stop_stage=4  # last stage to run
-systems="full interleave_eql interleave_prop1 stackbert gradstack midas"  # to compare, full first
+systems="full interleave_eql interleave_prop1 stackbert gradstack midas every_depth static9 static6 static3"  # to compare, full first
 seeds="1"  # seeds of every training
 more_seeds="2 3"  # further seeds of --more_seeds_for
 more_seeds_for="full interleave_eql"  # systems that are trained with these as well
@@ -79,7 +80,11 @@ if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
     python3 local/untrained.py "${expdir}/sfm_${runs[0]}/config.yaml" \
         "${expdir}/untrained"
     upstreams=("teacher=${TEACHER}" "untrained=${expdir}/untrained")
-    for run in "${runs[@]}"; do upstreams+=("${run}=${expdir}/sfm_${run}/hf"); done
+    for run in "${runs[@]}"; do
+        for hf in "${expdir}/sfm_${run}"/hf "${expdir}/sfm_${run}"/hf_depth*[0-9]; do
+            if [ -d "${hf}" ]; then upstreams+=("${run}${hf##*/hf}=${hf}"); fi
+        done
+    done
     python3 -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
         --digits dump/raw/digits_train dump/raw/digits_test \
         --strings dump/raw/strings_train dump/raw/strings_test \
