@@ -21,7 +21,9 @@ COLUMNS = [
 
 
 def read_rows() -> list[dict[str, str]]:
-    lines = (EGS / "README.md").read_text(encoding="utf-8").splitlines()
+    # other tables follow under headings of their own
+    text = (EGS / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    lines = text.splitlines()
     table = [line.strip("|").split("|") for line in lines if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in row] for row in table]
     assert header == COLUMNS
