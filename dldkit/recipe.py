@@ -88,6 +88,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         settings["token_type"] = start["token_type"]
         config = _config(options, "asr", systems, start)
     settings["needs_reference"] = str(_is_open(config, "model_conf.reference")).lower()
+    settings.update(_reference(options, config, systems))
     decoded = config
     if options["asr_exp"] and int(options["stage"]) > 11:  # it was trained before
         existing = Path(options["asr_exp"], "config.yaml")
@@ -290,8 +291,9 @@ def _check_file(name: str, text: str) -> None:
 
 
 def _check_directory(name: str, text: str) -> None:
-    if re.search("[,\n]", text):  # ESPnet separates file, name and type by commas
-        raise UserError(f"--{name} {text}: choose a path without commas")
+    # ESPnet separates file, name and type by commas, and parts of init_param by colons
+    if re.search("[,:\n]", text):
+        raise UserError(f"--{name} {text}: choose a path without commas and colons")
     for path in (Path(text), *Path(text).parents):
         if path.is_file():
             raise UserError(f"--{name} {text}: {path} is a file; choose a directory")
@@ -303,22 +305,14 @@ def _config(
     systems: Path,
     start: Mapping[str, Any] | None = None,
 ) -> DictConfig:
-    """Return the training config of `--system`, with the options of --asr_args.
+    """Return a training config: of `--system` and --asr_args, where the kind is asr.
 
     Args:
+        kind: asr, sfm, or reference.
         start: the config of a trained model, whose architecture it has.
     """
-    name = f"{options['system']}.yaml"
-    # the recipe's own conf/systems may change a shared system, or add one
-    files = [systems / name, Path("conf", "systems", name)]
-    files = [str(file) for file in files if file.is_file()]
-    if not files:
-        known = {file.stem for file in systems.glob("*.yaml")}
-        known |= {file.stem for file in Path("conf", "systems").glob("*.yaml")}
-        raise UserError(
-            f"--system {options['system']}: there is no {name} in {systems} or "
-            f"conf/systems; choose one of {', '.join(sorted(known))}"
-        )
+    option = "reference_system" if kind == "reference" else "system"
+    files = _files_of_system(option, options[option], systems)
     config = merge_files([options[f"{kind}_config"]])
     if start:
         from dldkit.asr.conversion import student_config
@@ -333,6 +327,61 @@ def _config(
         raise UserError(
             f"--{kind}_args {options[f'{kind}_args']} can not be read: {error}"
         ) from None
+
+
+def _files_of_system(option: str, system: str, systems: Path) -> list[str]:
+    """Return the configs of a system: the recipe's own may change a shared one."""
+    name = f"{system}.yaml"
+    files = [systems / name, Path("conf", "systems", name)]
+    files = [str(file) for file in files if file.is_file()]
+    if not files:
+        known = {file.stem for file in systems.glob("*.yaml")}
+        known |= {file.stem for file in Path("conf", "systems").glob("*.yaml")}
+        raise UserError(
+            f"--{option} {system}: there is no {name} in {systems} or conf/systems; "
+            f"choose one of {', '.join(sorted(known))}"
+        )
+    return files
+
+
+def reference_system(config: DictConfig) -> str:
+    """Return what the reference of a student is trained as, if nothing is said."""
+    # a student that begins with its weights begins with trained exits
+    return "early_exit" if _is_open(config, "init_param") else "static"
+
+
+def _reference(
+    options: Mapping[str, str], student: DictConfig, systems: Path
+) -> dict[str, str]:
+    """Return what the reference is trained as, and what the student begins with."""
+    system = options["reference_system"] or reference_system(student)
+    settings = {"reference_system": system, "begins_with": ""}
+    given = options["reference_config"] or options["asr_config"]
+    options = {**options, "reference_system": system, "reference_config": given}
+    config = _config(options, "reference", systems)
+    if _is_open(config, "model_conf.reference"):
+        raise UserError(
+            f"--reference_system {system}: it needs a reference itself; choose one "
+            "that needs none, such as static or early_exit"
+        )
+    if _is_open(student, "init_param"):
+        fits = not options["reference"] and _weights(config) == _weights(student)
+        settings["begins_with"] = "reference" if fits else "random"
+    return settings
+
+
+def _weights(config: DictConfig) -> list[Any]:
+    """Return what says which weights a model has."""
+    names = "encoder encoder_conf decoder decoder_conf frontend frontend_conf"
+    plain = OmegaConf.to_container(config)
+    plain["encoder_conf"] = {
+        name: value
+        for name, value in (plain.get("encoder_conf") or {}).items()
+        if name not in ("depth_sampler", "keep_prob", "min_depth", "layer_choice")
+        and name != "exits"
+    }
+    heads = (plain.get("model_conf") or {}).get("shared_head", True)
+    return [heads, *(plain.get(name) for name in names.split())]
 
 
 def _by_name(words: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -304,6 +304,7 @@ def test_validation_is_at_full_half_and_the_smallest_depth(
         ("dld_paper", "true"),
         ("nested", "true"),
         ("anytime", "true"),
+        ("anytime_staged", "true"),
         ("rd", "false"),
         ("static", "false"),
         ("early_exit", "false"),
@@ -320,6 +321,46 @@ def test_a_system_of_the_recipe_s_own(check):
     assert check(system="mine")["needs_reference"] == "true"
     Path("conf/systems/dld.yaml").write_text("model_conf: {reference: exp/x}\n")
     assert check(system="dld")["needs_reference"] == "false"
+
+
+@pytest.mark.parametrize(
+    "system, reference",
+    [("anytime_staged", "early_exit"), ("anytime", "static"), ("dld", "static")],
+)
+def test_a_student_that_begins_with_exits_has_a_reference_with_exits(
+    check, system, reference
+):
+    assert check(system=system)["reference_system"] == reference
+    asked = check(system=system, reference_system="stochastic_depth")
+    assert asked["reference_system"] == "stochastic_depth"
+
+
+@pytest.mark.parametrize("system, why", [("dld", "needs a reference"), ("x", "no x")])
+def test_a_reference_that_can_not_be_trained_is_refused(check, system, why):
+    with pytest.raises(UserError, match=f"--reference_system {system}: .*{why}"):
+        check(reference_system=system)
+
+
+@pytest.mark.parametrize(
+    "begins_with, changes",
+    [
+        ("reference", {}),
+        ("reference", dict(reference_args="--max_epoch 20")),
+        ("reference", dict(asr_args="--encoder_conf depth_sampler=full")),
+        # its weights would not fit
+        ("random", dict(reference_args="--encoder_conf num_blocks=4")),
+        ("random", dict(asr_args="--encoder_conf output_size=144")),
+        ("random", dict(asr_args="--model_conf shared_head=false")),
+        ("random", dict(reference="exp")),
+        ("", dict(asr_args="--init_param other.pth")),
+        ("", dict(system="dld")),
+    ],
+)
+def test_what_the_weights_begin_with(check, begins_with, changes):
+    Path("exp").mkdir()
+    Path("conf/systems").mkdir()
+    Path("conf/systems/mine.yaml").write_text("init_param: ???\n")
+    assert check(**{"system": "mine", **changes})["begins_with"] == begins_with
 
 
 def test_a_trained_experiment_says_its_own_layers_and_checkpoints(check):

@@ -59,7 +59,8 @@ def write_pretrained(directory, kind, layers):
 
 
 PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
-PULLED = ("dld_paper", "dld", "nested", "anytime")  # to a reference
+# to a reference
+PULLED = ("dld_paper", "dld", "nested", "anytime", "anytime_staged")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,8 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     parts = [str(part) for part in parts]
     if system.stem in PULLED:
         parts.append("model_conf.reference=exp/asr_static")
+    if system.stem == "anytime_staged":
+        parts.append("init_param=[]")
     if kind:
         layers = yaml.safe_load(config.read_text())["encoder_conf"]["num_blocks"]
         write_pretrained("pretrained", kind, layers)
@@ -106,8 +109,9 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     if ours:
         reference = built["model_conf"]["reference"]
         assert reference == ("exp/asr_static" if system.stem in PULLED else None)
-    assert bool(encoder.get("exits")) == (system.stem in ("early_exit", "anytime"))
-    prefix = ("early_exit", "nested", "anytime")
+    exits = ("early_exit", "anytime", "anytime_staged")
+    assert bool(encoder.get("exits")) == (system.stem in exits)
+    prefix = ("nested", *exits)
     choice = dict.fromkeys(prefix, "prefix") | dict(dld="even", rd="even")
     assert encoder.get("layer_choice", "random") == choice.get(system.stem, "random")
     assert bool(encoder.get("stochastic_depth_rate")) == (
@@ -503,6 +507,25 @@ def test_systems_without_a_reference_and_references_that_exist(an4):
     assert config["model_conf"]["reference"] == f"{an4.exp}/mine"
     assert config["init_param"] == [str(checkpoint)]
     assert (an4.exp / "my stats" / "train" / "feats_stats.npz").is_file()
+
+
+def test_a_student_begins_with_the_weights_of_its_reference(an4):
+    """A learning rate of zero leaves them, and early exit trained them."""
+    words = ["--system", "anytime_staged", "--stage", 6, "--stop_stage", 11]
+    words += ["--skip_stages", 8, "--reference_tag", "first", "--asr_tag", "second"]
+    words += ["--reference_args", "--max_epoch 1"]
+    an4.run(*words, "--asr_args", "--max_epoch 1 --optim_conf lr=0")
+
+    config = yaml.safe_load((an4.exp / "asr_first/config.yaml").read_text())
+    assert config["encoder_conf"]["exits"] == 2
+    assert config["encoder_conf"]["depth_sampler"] == "full"
+    first, second = (
+        torch.load(an4.exp / f"asr_{name}" / "valid.loss_ctc.ave.pth")
+        for name in ("first", "second")
+    )
+    weights = [n for n in first if "running_" not in n and "num_batches" not in n]
+    assert len(weights) > 20
+    assert all(torch.equal(first[name], second[name]) for name in weights)
 
 
 def test_decoding_with_a_language_model_of_espnet(an4, tmp_path):

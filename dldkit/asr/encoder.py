@@ -25,7 +25,7 @@ class _AllLeft(Exception):
 class ExitingEncoder(DynamicDepth):
     """Mixin of an encoder with gated layers that has exits, and a choice of layers.
 
-    Subclasses say what of a layer's output is the encoder's, by the last three methods.
+    Subclasses say what of a layer's output is the encoder's, by the last four methods.
 
     Attributes:
         exits: depths below the full one whose output is trained as well.
@@ -44,12 +44,16 @@ class ExitingEncoder(DynamicDepth):
             self.selector = layer_choice
 
     @contextmanager
-    def collected(self, depths: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
+    def collected(
+        self, depths: Collection[int], gradient: float = 1.0
+    ) -> Iterator[dict[int, torch.Tensor]]:
         """Collect what the first layers give by themselves, on the way to more.
 
         Args:
             depths: how many first layers. Those that a forward does not go beyond
                 are left out: they are its own output, or not reached.
+            gradient: share that each of these depths hands down of the gradient that
+                comes from deeper layers.
 
         Yields:
             The outputs (Batch, Time, Dim) by depth, once the encoder ran.
@@ -58,9 +62,12 @@ class ExitingEncoder(DynamicDepth):
         deepest = max(self.active_layers) + 1
 
         def visit(slot: int, output):
-            if slot + 1 in depths and slot + 1 < deepest:
-                outputs[slot + 1] = self.output_of(output)
-            return output
+            if slot + 1 not in depths or slot + 1 == deepest:
+                return output
+            outputs[slot + 1] = self.output_of(output)
+            if gradient == 1.0:
+                return output
+            return self.changed(output, lambda hidden: _handing_down(hidden, gradient))
 
         with self.gates.visited(visit):
             yield outputs
@@ -118,6 +125,20 @@ class ExitingEncoder(DynamicDepth):
     def kept_of(self, output: Any, stays: torch.Tensor) -> Any:
         """Return what a layer gave, for those utterances (Batch,) that stay."""
         raise NotImplementedError
+
+    def changed(
+        self, output: Any, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Any:
+        """Return what a layer gave, with another hidden state (Batch, Time, Dim)."""
+        raise NotImplementedError
+
+
+def _handing_down(hidden: torch.Tensor, share: float) -> torch.Tensor:
+    """Return the same, which hands down a share of its gradient."""
+    hidden = hidden.view_as(hidden)  # exits use it too, and their gradient stays whole
+    if hidden.requires_grad:
+        hidden.register_hook(lambda gradient: gradient * share)
+    return hidden
 
 
 class LayerDropEncoder(ExitingEncoder):
@@ -188,10 +209,17 @@ class LayerDropEncoder(ExitingEncoder):
 
     def kept_of(self, output: Any, stays: torch.Tensor) -> Any:
         """Return what a layer gave, for those utterances (Batch,) that stay."""
+        hidden, masks = self.changed(output, lambda hidden: hidden[stays])
+        return hidden, masks[stays]
+
+    def changed(
+        self, output: Any, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Any:
+        """Return what a layer gave, with another hidden state (Batch, Time, Dim)."""
         hidden, masks = output
         if isinstance(hidden, tuple):  # the positional embedding is of no utterance
-            return (hidden[0][stays], *hidden[1:]), masks[stays]
-        return hidden[stays], masks[stays]
+            return (change(hidden[0]), *hidden[1:]), masks
+        return change(hidden), masks
 
     def __init_subclass__(cls):
         super().__init_subclass__()

@@ -1,7 +1,7 @@
 """Speech encoders of Hugging Face transformers, with run-time depth."""
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -216,6 +216,12 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
     def kept_of(self, output: Any, stays: torch.Tensor) -> Any:
         """Return what a layer gave, for those utterances (Batch,) that stay."""
         return output.kept(stays)
+
+    def changed(
+        self, output: Any, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Any:
+        """Return what a layer gave, with another hidden state (Batch, Time, Dim)."""
+        return output.changed(change)
 
     def train(self, mode: bool = True) -> "LDHuggingFaceEncoder":
         """Switch to training, all but a frozen CNN."""

@@ -98,6 +98,11 @@ class Flow:
         }
         return replace(self, **of_utterances)
 
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Flow":
+        """Return the same with other hidden states (Batch, Time, Dim)."""
+        mixed = None if self.mixed is None else change(self.mixed)
+        return replace(self, hidden=change(self.hidden), mixed=mixed)
+
 
 class HFLayers(GatedModuleList):
     """transformers' layers, which here take and give a `Flow`."""

@@ -64,6 +64,9 @@ class DLDModel(ESPnetASRModel):
             packed zip, or a directory of cached posteriors; `self` = the full depth in
             the same step; None = no KL term.
         exit_weights: how much each exit counts, see `ExitWeights`.
+        exit_gradient: share of the gradient from deeper layers that an exit hands down
+            to those below it, from 0 to 1 (1908.06294 weighs these gradients, too).
+            Below 1, the layers up to an exit are rather its own.
         shared_head: one CTC output layer for all exits, or one for each.
         sandwich: drawn depths that a step runs beside the full one and the smallest one
             (arXiv 1903.05134); None = one drawn depth alone. With `reference: self`
@@ -88,6 +91,7 @@ class DLDModel(ESPnetASRModel):
         kd_blank: str = "keep",
         reference: Optional[str] = None,
         exit_weights: Union[str, Sequence[float]] = "equal",
+        exit_gradient: float = 1.0,
         shared_head: bool = True,
         sandwich: Optional[int] = None,
         specaug_masks: str = "shared",
@@ -97,6 +101,7 @@ class DLDModel(ESPnetASRModel):
         super().__init__(*args, **kwargs)
         self.exits = tuple(getattr(self.encoder, "exits", ()))
         self.exit_weights = ExitWeights(exit_weights, self.exits)
+        self.exit_gradient = exit_gradient
         self.valid_layers = self._layers_to_validate(valid_depths)
         kl = CTCPosteriorKL(kd_temperature, kd_direction, kd_reduction, kd_blank)
         self.pulls = [Pull("ctc", kl, kd_weight)]
@@ -134,6 +139,13 @@ class DLDModel(ESPnetASRModel):
             raise UserError(
                 f"sandwich {self.sandwich}: write how many depths a step draws, from "
                 "0, for an ld_* encoder whose depth_sampler is not full"
+            )
+        if not 0.0 <= self.exit_gradient <= 1.0 or (
+            self.exit_gradient < 1.0 and not self.exits
+        ):
+            raise UserError(
+                f"exit_gradient {self.exit_gradient}: write a share from 0 to 1, for "
+                "an encoder that has exits"
             )
         if self.exits and (self.ctc is None or self.ctc.ctc_type != "builtin"):
             raise UserError("exits need ctc_weight above 0, and ctc_type: builtin")
@@ -296,7 +308,8 @@ class DLDModel(ESPnetASRModel):
         this = self._pass
         if this is None or not this.collect:
             return super().encode(speech, speech_lengths)
-        with self.encoder.collected(this.collect) as this.outputs:
+        gradient = self.exit_gradient
+        with self.encoder.collected(this.collect, gradient) as this.outputs:
             return super().encode(speech, speech_lengths)
 
     def _calc_ctc_loss(self, encoder_out, encoder_out_lens, ys_pad, ys_pad_lens):

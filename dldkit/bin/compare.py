@@ -7,9 +7,12 @@ from datetime import date
 from pathlib import Path
 from typing import Optional
 
+from omegaconf import DictConfig, OmegaConf
+
 from dldkit.bin.merge_config import merge_files
 from dldkit.errors import report_user_errors
 from dldkit.options import command_parser, parse, positive
+from dldkit.recipe import reference_system
 from dldkit.report.comparison import (
     SAMPLES,
     Run,
@@ -29,8 +32,8 @@ LEGEND = (
     "in favour of the system that heads the table. `static` is the model trained at "
     "that depth, or a smaller one where that is better; models that lack a seed are "
     "left out where another one has all. Arithmetic: of the forwards in training, the "
-    "deepest static model's being 1. That model is the reference of the systems that "
-    "have one, and the last column adds its training."
+    "deepest static model's being 1. The last column adds the training of the "
+    "reference: early exit for anytime_staged, the deepest static model for others."
 )
 
 
@@ -54,6 +57,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("--system", required=True, help="staticN, or a file of conf/systems")
     _add_common(add)
     add("--deepest", required=True, help="name of the deepest static model")
+    add = commands.add_parser(
+        "reference",
+        help="print which system is the reference of another one, if it has any",
+    ).add_argument
+    add("--system", required=True, help="staticN, or a file of conf/systems")
+    add("--deepest", required=True, help="name of the deepest static model")
+    _add_configs(add)
     add = commands.add_parser("table", help="write the tables to a file").add_argument
     _add_common(add)
     add(
@@ -70,7 +80,28 @@ def get_parser() -> argparse.ArgumentParser:
 def _add_common(add) -> None:
     add("--results", type=Path, required=True, help="directory of the runs' files")
     add("--epochs", type=positive, required=True, help="of the deepest static model")
+    _add_configs(add)
+
+
+def _add_configs(add) -> None:
     add("--configs", nargs="+", type=Path, required=True, help="config, directories")
+
+
+def _config(args: argparse.Namespace, system: str) -> DictConfig:
+    """Return the training config of a system that is no static model."""
+    config, *directories = args.configs
+    files = [config, *(d / f"{system}.yaml" for d in directories)]
+    return merge_files([str(f) for f in files if f.is_file()])
+
+
+def _reference(args: argparse.Namespace) -> str:
+    if static_depth(args.system):
+        return ""
+    config = _config(args, args.system)
+    if "model_conf.reference" not in OmegaConf.missing_keys(config):
+        return ""
+    system = reference_system(config)
+    return args.deepest if system == "static" else system
 
 
 def _epochs(
@@ -84,9 +115,7 @@ def _epochs(
         return args.epochs
     depth: float = static_depth(system)
     if not depth:
-        config, *directories = args.configs
-        files = [config, *(d / f"{system}.yaml" for d in directories)]
-        depth = mean_depth(merge_files([str(f) for f in files if f.is_file()]))
+        depth = mean_depth(_config(args, system))
     return epochs_of_equal_cost(runs, deepest, args.epochs, depth)
 
 
@@ -102,6 +131,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     if args.what == "record":
         run = record(args.exp, args.inference_tag, args.name, args.seed, args.data_root)
         run.save(args.output)
+    elif args.what == "reference":
+        print(_reference(args))
     elif args.what == "epochs":
         runs = load_runs(args.results)
         print(_epochs(args, runs, args.system, args.deepest, "arithmetic"))

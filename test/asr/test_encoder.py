@@ -147,6 +147,39 @@ class TestExits:
                 encoder(*features)
             assert list(outputs) == reached
 
+    def test_hand_down_a_share_of_the_gradient(
+        self, make_encoder, encoder_name, features
+    ):
+        encoder = make_encoder(
+            f"ld_{encoder_name}", 4, layer_choice="prefix", exits=2
+        ).eval()
+        below = {
+            name
+            for name, _ in encoder.named_parameters()
+            if name.startswith(("embed.", "encoders.0.", "encoders.1."))
+        }
+
+        def gradients(share, of_exit=False):
+            encoder.zero_grad()
+            with encoder.collected((2,), share) as outputs:
+                output, _, _ = encoder(*features)
+            (outputs[2] if of_exit else output).pow(3).sum().backward()
+            found = {name: p.grad for name, p in encoder.named_parameters()}
+            return {k: v.clone() for k, v in found.items() if v is not None}
+
+        whole, half, none = map(gradients, (1.0, 0.5, 0.0))
+        assert any(whole[name].abs().max() > 0 for name in below & set(whole))
+        for name, gradient in whole.items():
+            if name in below:
+                torch.testing.assert_close(half[name], gradient / 2)
+                assert not none[name].any()
+            else:
+                assert torch.equal(half[name], gradient)
+                assert torch.equal(none[name], gradient)
+        own = gradients(1.0, of_exit=True)
+        for name, gradient in gradients(0.0, of_exit=True).items():
+            assert torch.equal(gradient, own[name])
+
     def test_may_be_listed(self, make_encoder):
         options = dict(layer_choice="prefix")
         assert make_encoder("ld_conformer", exits=[3, 1], **options).exits == [1, 3]

@@ -165,6 +165,22 @@ class TestLosses:
                 total += ctc(*found, batch("a", "c")) / 4
         assert loss.item() == pytest.approx(total, rel=1e-4)
 
+    def test_layers_of_an_exit_may_be_its_own(self, model_of, batch):
+        """Without the deeper layers' gradient, they learn from the exit alone."""
+        found = {}
+        for name, conf in (
+            ("own", dict(exit_gradient=0.0)),
+            ("alone", dict(exit_weights=[1.0, 0.0])),
+            ("shared", {}),
+        ):
+            set_all_random_seed(0)
+            model = deterministic(model_of({**EXITS, "exits": [1]}, model_conf=conf))
+            model(**batch("a", "c"))[0].backward()
+            found[name] = [p.grad for p in model.encoder.encoders[0].parameters()]
+        halves = [gradient / 2 for gradient in found["alone"]]
+        torch.testing.assert_close(found["own"], halves)
+        assert not any(map(torch.allclose, found["shared"], halves))
+
     def test_work_beside_an_attention_decoder(self, model_of, static, batch):
         decoder = dict(
             decoder="transformer",
@@ -433,6 +449,7 @@ class TestRefusals:
         [
             (dict(specaug_masks="none"), "'none': choose shared or own"),
             (dict(kd_blank="no"), "kd_blank 'no'"),
+            (dict(exit_gradient=1.5), "exit_gradient 1.5: write a share from 0 to 1"),
         ],
     )
     def test_options(self, model_of, conf, message):

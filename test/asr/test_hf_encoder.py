@@ -259,6 +259,30 @@ class TestBatches:
 
 
 class TestExits:
+    @pytest.mark.parametrize("layer_weights", ["last", "weighted_sum"])
+    def test_hand_down_a_share_of_the_gradient(self, saved, speech, layer_weights):
+        encoder = make(
+            saved("hubert")[1],
+            layer_choice="prefix",
+            exits=1,
+            layer_weights=layer_weights,
+        )
+        gradients = []
+        for share in (1.0, 0.5):
+            encoder.zero_grad()
+            with encoder.collected((1,), share):
+                encoder(*speech)[0].pow(3).sum().backward()
+            gradients.append(
+                [
+                    [p.grad.clone() for p in layer.parameters()]
+                    for layer in encoder.gates.children()
+                ]
+            )
+        whole, half = gradients
+        torch.testing.assert_close(half[0], [g / 2 for g in whole[0]])
+        torch.testing.assert_close(half[1:], whole[1:])
+        assert any(g.any() for g in whole[0])
+
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("layer_weights", ["last", "weighted_sum"])
     def test_are_the_outputs_of_their_depths(

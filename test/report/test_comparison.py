@@ -238,6 +238,25 @@ class TestCommand:
             )
             assert capsys.readouterr().out.strip() == str(expected)
 
+    @pytest.mark.parametrize(
+        "system, reference",
+        [
+            ("anytime_staged", "early_exit"),
+            ("anytime", "static12"),
+            ("early_exit", ""),
+            ("rd", ""),
+            ("static2", ""),
+        ],
+    )
+    def test_tells_the_reference(self, tmp_path, capsys, system, reference):
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config()))
+        systems = Path(__file__).parents[2] / "conf" / "systems"
+        compare.main(
+            f"reference --system {system} --deepest static12 --configs "
+            f"{tmp_path}/c.yaml {systems} {tmp_path}".split()
+        )
+        assert capsys.readouterr().out.strip() == reference
+
     def test_refuses_what_is_no_run(self, recorded, tmp_path):
         (recorded.parent / "x.json").write_text("{}")
         with pytest.raises(UserError, match=r"x\.json is no run .*: remove it"):

@@ -61,6 +61,8 @@ nlsyms_txt=none  # file of symbols that stay one token each
 
 ## Reference model
 reference=  # an existing one: experiment directory, checkpoint, packed zip or posteriors
+reference_system=  # what to train it as: a file of conf/systems; empty: early_exit where the
+    # student begins with its weights (anytime_staged), else static
 reference_config=  # training config; empty: that of --asr_config
 reference_args=  # more options of asr_train for the reference, e.g. "--max_epoch 20"
 reference_tag=  # suffix of its experiment directory; empty: made from the settings
@@ -113,6 +115,7 @@ template=$(dirname "$(readlink -f "$0")")
 
 systems="${template%/egs2/*}/conf/systems"
 needs_reference= # whether the system's config leaves one open
+begins_with= # what its weights begin with, where it leaves that open: random or reference
 valid_depths= # for the student's validation, as [12,6,2]
 start_name= # of what comes from --start_from
 exits= # where utterances may stop early
@@ -162,7 +165,7 @@ if [ "${token_type}" == bpe ]; then bpemodel=${token_list%/*}/bpe.model; fi
 data_tag=_${feats_type}_${tokens}
 suffix=${sp}${seed:+_seed${seed}}
 reference_config=${reference_config:-${asr_config}}
-reference_tag=${reference_tag:-static$(name_of "${reference_config}" train_asr)${data_tag}$(name_of_args "${reference_args}")${suffix}}
+reference_tag=${reference_tag:-${reference_system}$(name_of "${reference_config}" train_asr)${data_tag}$(name_of_args "${reference_args}")${suffix}}
 reference_exp=${expdir}/asr_${reference_tag}
 if [ -z "${asr_tag}" ]; then
     asr_tag=${system}$(name_of "${asr_config}" train_asr)${data_tag}$(name_of_args "${asr_args}")${suffix}
@@ -198,6 +201,7 @@ fi
 if "${needs_reference}"; then
     student_settings+=("model_conf.reference=${reference}")
 fi
+if [ -n "${begins_with}" ]; then student_settings+=("init_param=[]"); fi
 
 # Statistics depend on the data and the frontend only, so that systems share them.
 asr_stats_dir=${asr_stats_dir:-${expdir}/asr_stats${data_tag}${sp}}
@@ -230,8 +234,8 @@ fi
 
 mapfile -t reference_options < <(words "${reference_args} ${seed:+--seed ${seed}}")
 mapfile -t asr_options < <(words "${asr_args} ${seed:+--seed ${seed}}")
-if [ -n "${start_from}" ]; then
-    pretrained_model=${reference_exp}/${inference_asr_model}
+if [ -n "${start_from}" ] || [ "${begins_with}" == reference ]; then
+    pretrained_model=${pretrained_model:-${reference_exp}/${inference_asr_model}}
 fi
 if [ -n "${pretrained_model}" ]; then asr_options+=(--init_param "${pretrained_model}"); fi
 
@@ -384,13 +388,13 @@ fi
 #
 if run_stage 6 "${no_reference}" "${no_reference_training}" "${skip_reference}" "${skip_train}"; then
     log "Stage 6: Statistics for the reference: ${reference_stats_dir}"
-    write_config "${reference_exp}" "${reference_config}" static
+    write_config "${reference_exp}" "${reference_config}" "${reference_system}"
     collect_stats "${reference_stats_dir}" "${reference_exp}" "${reference_options[@]}"
 fi
 
 if run_stage 7 "${no_reference}" "${no_reference_training}" "${skip_reference}" "${skip_train}"; then
     log "Stage 7: Reference training: ${reference_exp}"
-    write_config "${reference_exp}" "${reference_config}" static
+    write_config "${reference_exp}" "${reference_config}" "${reference_system}"
     train_model "${reference_exp}" "${reference_stats_dir}" "${reference_options[@]}"
 fi
 

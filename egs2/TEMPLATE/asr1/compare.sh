@@ -10,7 +10,7 @@
 #
 # Stages:
 #    1 data                          3 all other systems
-#    2 the deepest static models     4 tables: README.md in --results
+#    2 the references of others      4 tables: README.md in --results
 [ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 
@@ -19,7 +19,8 @@ stage=1  # first stage to run
 stop_stage=4  # last stage to run
 seeds="1000 2000 3000"  # seeds of the trainings; ESPnet adds the epoch to them
 systems="static12 static10 static8 static6 static4 static2 static1 rd dld_paper dld early_exit nested anytime"  # systems to compare
-    # the deepest static one first, as it is the reference of the others
+    # the deepest static one first; it is the reference of the others, and early_exit that
+    # of anytime_staged
 asr_config=conf/train_asr.yaml  # training config of all systems
 epochs=8  # of the deepest static model, and of all others where --budgets says steps
 budgets="steps arithmetic"  # steps: as many epochs for all; arithmetic: as many as cost the same
@@ -46,8 +47,13 @@ file_of() { # file_of SYSTEM EPOCHS SEED: what a run ends as
     echo "${results}/$1_e$2_seed$3.json"
 }
 
+reference_of() { # reference_of SYSTEM: the system that it is pulled to, if any
+    compare reference --system "$1" --deepest "${deepest}" \
+        --configs "${asr_config}" ../../../conf/systems conf/systems
+}
+
 run_recipe() { # run_recipe SYSTEM EPOCHS SEED [options of run.sh]...
-    local system=$1 run_epochs=$2 seed=$3 options=() layers
+    local system=$1 run_epochs=$2 seed=$3 options=() layers reference
     shift 3
     layers=${system#static}
     case ${system} in
@@ -58,9 +64,11 @@ run_recipe() { # run_recipe SYSTEM EPOCHS SEED [options of run.sh]...
         *)
             options+=(--system "${system}" --inference_depths "${depths}")
             options+=(--asr_args "--max_epoch ${run_epochs}" --kd_source cached)
-            # where only its file came along, it is trained again
-            options+=(--reference_tag "${deepest}_e${epochs}_seed${seed}")
-            options+=(--reference_args "--max_epoch ${epochs} --encoder_conf num_blocks=${deepest#static}")
+            reference=$(reference_of "${system}")
+            if [ -n "${reference}" ]; then # trained again where only its file came along
+                options+=(--reference_tag "${reference}_e${epochs}_seed${seed}")
+                options+=(--reference_args "--max_epoch ${epochs} --encoder_conf num_blocks=${deepest#static}")
+            fi
             ;;
     esac
     eval "set -- ${run_opts} $(printf '%q ' "$@")"
@@ -119,7 +127,7 @@ run_all() { # run_all SYSTEM...: what is missing of them, ${jobs} runs at a time
     done | awk '!seen[$0]++' |
         xargs -r -P "${jobs}" -L 1 bash -c 'set -euo pipefail; one_run "$@"' _
 }
-export -f run_recipe begin_with_shorter one_run file_of compare log die
+export -f run_recipe reference_of begin_with_shorter one_run file_of compare log die
 export asr_config depths deepest dumpdir epochs expdir results run_opts
 mkdir -p "${expdir}/log" "${results}"
 
@@ -128,8 +136,14 @@ if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
     run_recipe "${deepest}" "${epochs}" "${seeds%% *}" --stage 1 --stop_stage 5
 fi
 if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ]; then
-    log "Stage 2: ${deepest}, the reference of others"
-    run_all "${deepest}"
+    mapfile -t references < <(
+        {
+            echo "${deepest}"
+            for system in "${all_systems[@]:1}"; do reference_of "${system}"; done
+        } | awk 'NF && !seen[$0]++'
+    )
+    log "Stage 2: the references of others: ${references[*]}"
+    run_all "${references[@]}"
 fi
 if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
     log "Stage 3: all other systems"
