@@ -49,7 +49,7 @@ BAD_ASR = """
 --nj 0 | --nj 0: write an integer of at least 1
 --ngpu many | --ngpu many: write an integer of at least 0, or auto
 --seed x | --seed x: write an integer of at least 0, or nothing
---system nope | there is no nope.yaml .* choose one of anytime, dld
+--system nope | there is no nope.yaml .* choose one of anytime, anytime_staged, dld
 --valid_set train_nodev | --train_set and --valid_set are both train_nodev
 --train_set "" | --train_set "": name a directory of data/
 --train_set data/train | --train_set "data/train": name a directory

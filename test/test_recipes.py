@@ -512,16 +512,16 @@ def test_systems_without_a_reference_and_references_that_exist(an4):
 def test_a_student_begins_with_the_weights_of_its_reference(an4):
     """A learning rate of zero leaves them, and early exit trained them."""
     words = ["--system", "anytime_staged", "--stage", 6, "--stop_stage", 11]
-    words += ["--skip_stages", 8, "--reference_tag", "first", "--asr_tag", "second"]
+    words += ["--skip_stages", 8, "--reference_tag", "exits", "--asr_tag", "begins"]
     words += ["--reference_args", "--max_epoch 1"]
     an4.run(*words, "--asr_args", "--max_epoch 1 --optim_conf lr=0")
 
-    config = yaml.safe_load((an4.exp / "asr_first/config.yaml").read_text())
+    config = yaml.safe_load((an4.exp / "asr_exits/config.yaml").read_text())
     assert config["encoder_conf"]["exits"] == 2
     assert config["encoder_conf"]["depth_sampler"] == "full"
     first, second = (
         torch.load(an4.exp / f"asr_{name}" / "valid.loss_ctc.ave.pth")
-        for name in ("first", "second")
+        for name in ("exits", "begins")
     )
     weights = [n for n in first if "running_" not in n and "num_batches" not in n]
     assert len(weights) > 20

@@ -62,6 +62,7 @@ def test_print_config_shows_all_options(task, monkeypatch):
         fractions=None,
         optimizer_state="copy",
         stage_warmup_steps=0,
+        random_depth="always",
         total_steps=None,
     )
     for name in ("default", "resumable"):
