@@ -87,7 +87,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         settings["start_name"] = name_of(options["start_from"])
         settings["token_type"] = start["token_type"]
         config = _config(options, "asr", systems, start)
-    settings["needs_reference"] = str(_is_open(config, "model_conf.reference")).lower()
+    settings["needs_reference"] = str(is_open(config, "model_conf.reference")).lower()
     settings.update(_reference(options, config, systems))
     decoded = config
     if options["asr_exp"] and int(options["stage"]) > 11:  # it was trained before
@@ -347,7 +347,7 @@ def _files_of_system(option: str, system: str, systems: Path) -> list[str]:
 def reference_system(config: DictConfig) -> str:
     """Return what the reference of a student is trained as, if nothing is said."""
     # a student that begins with its weights begins with trained exits
-    return "early_exit" if _is_open(config, "init_param") else "static"
+    return "early_exit" if is_open(config, "init_param") else "static"
 
 
 def _reference(
@@ -359,12 +359,12 @@ def _reference(
     given = options["reference_config"] or options["asr_config"]
     options = {**options, "reference_system": system, "reference_config": given}
     config = _config(options, "reference", systems)
-    if _is_open(config, "model_conf.reference"):
+    if is_open(config, "model_conf.reference"):
         raise UserError(
             f"--reference_system {system}: it needs a reference itself; choose one "
             "that needs none, such as static or early_exit"
         )
-    if _is_open(student, "init_param"):
+    if is_open(student, "init_param"):
         fits = not options["reference"] and _weights(config) == _weights(student)
         settings["begins_with"] = "reference" if fits else "random"
     return settings
@@ -373,12 +373,12 @@ def _reference(
 def _weights(config: DictConfig) -> list[Any]:
     """Return what says which weights a model has."""
     names = "encoder encoder_conf decoder decoder_conf frontend frontend_conf"
+    drawn = "depth_sampler keep_prob min_depth layer_choice exits".split()
     plain = OmegaConf.to_container(config)
     plain["encoder_conf"] = {
         name: value
         for name, value in (plain.get("encoder_conf") or {}).items()
-        if name not in ("depth_sampler", "keep_prob", "min_depth", "layer_choice")
-        and name != "exits"
+        if name not in drawn
     }
     heads = (plain.get("model_conf") or {}).get("shared_head", True)
     return [heads, *(plain.get(name) for name in names.split())]
@@ -487,7 +487,7 @@ def _num_layers(config: DictConfig) -> Any:
     return model.get("encoder_layers", model.get("num_hidden_layers"))
 
 
-def _is_open(config: DictConfig, key: str) -> bool:
+def is_open(config: DictConfig, key: str) -> bool:
     """Whether the config leaves a key to the recipe, by ???."""
     return key in OmegaConf.missing_keys(config)
 

@@ -7,12 +7,12 @@ from datetime import date
 from pathlib import Path
 from typing import Optional
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dldkit.bin.merge_config import merge_files
 from dldkit.errors import report_user_errors
 from dldkit.options import command_parser, parse, positive
-from dldkit.recipe import reference_system
+from dldkit.recipe import is_open, reference_system
 from dldkit.report.comparison import (
     SAMPLES,
     Run,
@@ -98,7 +98,7 @@ def _reference(args: argparse.Namespace) -> str:
     if static_depth(args.system):
         return ""
     config = _config(args, args.system)
-    if "model_conf.reference" not in OmegaConf.missing_keys(config):
+    if not is_open(config, "model_conf.reference"):
         return ""
     system = reference_system(config)
     return args.deepest if system == "static" else system

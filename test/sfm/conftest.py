@@ -1,11 +1,15 @@
 """Small randomly initialised teachers, as their own libraries save them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from espnet2.utils.yaml_no_alias_safe_dump import yaml_no_alias_safe_dump
+
+from dldkit.tasks.sfm import SFMDistillTask
 
 SIZES: dict[str, Any] = dict(
     hidden_size=16,
@@ -105,3 +109,25 @@ def waveforms() -> tuple[torch.Tensor, torch.Tensor]:
 def student_conf() -> dict[str, Any]:
     """A small student, as a config describes it."""
     return {**SIZES, "hidden_size": 12, "num_hidden_layers": 4}
+
+
+@pytest.fixture
+def save_training(tmp_path):
+    """Return a function that saves what a training leaves, whose teacher then goes."""
+
+    def save(student_conf, teacher, **model_conf):
+        parser = SFMDistillTask.get_parser()
+        args = parser.parse_args(["--output_dir", str(tmp_path / "exp")])
+        args.student_conf = student_conf
+        args.model_conf = {"teacher": str(teacher), **model_conf}
+        torch.manual_seed(1)
+        model = SFMDistillTask.build_model(args).eval()
+        checkpoint = tmp_path / "exp" / "valid.loss.ave.pth"
+        checkpoint.parent.mkdir()
+        torch.save(model.state_dict(), checkpoint)
+        with open(checkpoint.parent / "config.yaml", "w") as file:
+            yaml_no_alias_safe_dump(vars(args), file)
+        shutil.rmtree(teacher)  # export does without it
+        return checkpoint, model
+
+    return save

@@ -1,19 +1,16 @@
 """One student that works at every depth: exits, and a depth that is drawn."""
 
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from espnet2.utils.yaml_no_alias_safe_dump import yaml_no_alias_safe_dump
 from safetensors.torch import load_file
 from transformers import AutoModel, HubertConfig, HubertModel
 
 from dldkit.bin.sfm_export import main
 from dldkit.errors import UserError
 from dldkit.sfm.model import SFMDistillModel
-from dldkit.tasks.sfm import SFMDistillTask
 
 NO_DROPOUT = dict(
     hidden_dropout=0.0,
@@ -186,24 +183,12 @@ def test_refuses_exits_that_can_not_be(student_conf, options, message):
 
 
 @pytest.fixture
-def trained(sizes, wave_teacher, tmp_path):
+def trained(sizes, wave_teacher, save_training):
     """Return a function that saves a training; it gives the checkpoint and student."""
 
     def saved(**model_conf):
         _, teacher = wave_teacher()
-        parser = SFMDistillTask.get_parser()
-        args = parser.parse_args(["--output_dir", str(tmp_path / "exp")])
-        args.student_conf = sizes
-        args.model_conf = {"teacher": str(teacher), **model_conf}
-        torch.manual_seed(1)
-        model = SFMDistillTask.build_model(args).eval()
-        checkpoint = tmp_path / "exp" / "valid.loss.ave.pth"
-        checkpoint.parent.mkdir()
-        torch.save(model.state_dict(), checkpoint)
-        with open(checkpoint.parent / "config.yaml", "w") as file:
-            yaml_no_alias_safe_dump(vars(args), file)
-        shutil.rmtree(teacher)
-        return checkpoint, model
+        return save_training(sizes, teacher, **model_conf)
 
     return saved
 

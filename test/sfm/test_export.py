@@ -1,19 +1,16 @@
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from espnet2.asr.frontend.huggingface import HuggingFaceFrontend
-from espnet2.utils.yaml_no_alias_safe_dump import yaml_no_alias_safe_dump
 from transformers import AutoModel, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from dldkit.bin.sfm_export import main
 from dldkit.depth.layers import GatedModuleList
 from dldkit.errors import UserError
 from dldkit.sfm.export import export, export_student
-from dldkit.tasks.sfm import SFMDistillTask
 
 
 def make_student(**config) -> HubertModel:
@@ -171,20 +168,10 @@ def test_an_empty_directory_will_do(tmp_path):
 
 
 @pytest.fixture
-def trained(wave_teacher, student_conf, tmp_path):
+def trained(wave_teacher, student_conf, save_training):
     """A checkpoint of the distillation task, its config beside it, and its student."""
     _, teacher = wave_teacher("hubert_stable")  # which normalises the waveform
-    parser = SFMDistillTask.get_parser()
-    args = parser.parse_args(["--output_dir", str(tmp_path / "exp")])
-    args.student_conf, args.model_conf = student_conf, {"teacher": str(teacher)}
-    torch.manual_seed(1)
-    model = SFMDistillTask.build_model(args).eval()
-    checkpoint = tmp_path / "exp" / "valid.loss.ave.pth"
-    checkpoint.parent.mkdir()
-    torch.save(model.state_dict(), checkpoint)
-    with open(checkpoint.parent / "config.yaml", "w") as file:
-        yaml_no_alias_safe_dump(vars(args), file)
-    shutil.rmtree(teacher)  # export does without it
+    checkpoint, model = save_training(student_conf, teacher)
     return checkpoint, model.student
 
 

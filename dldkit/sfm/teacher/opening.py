@@ -52,7 +52,8 @@ def open_teacher(
     Raises:
         UserError: when it can not be loaded, or lacks one of the layers.
     """
-    info, layers = teacher_info(path), list(layers)
+    family, layers = _family(path), list(layers)
+    info = family.describe(path)
     wrong = [layer for layer in layers if not 0 <= layer <= info.num_layers]
     if wrong or not layers:
         raise UserError(
@@ -60,7 +61,7 @@ def open_teacher(
             f"(output): choose among them, not {layers}"
         )
     with untouched_random_numbers():
-        return _family(path)(path, info, layers, device)
+        return family(path, info, layers, device)
 
 
 def _family(path: PathLike) -> type[Teacher]:

@@ -5,8 +5,8 @@
 #   local/compare.sh [--option value]...
 #
 # Every system is trained with its seeds, exported at full depth and at its exits, probed,
-# and put into a table of README.md beside the teacher and an untrained student. Each run has a directory of its
-# own: run the command again after an interruption.
+# and put into a table of README.md beside the teacher and an untrained student. Each run
+# has a directory of its own: run the command again after an interruption.
 #
 # Stages:
 #    1 data and cached targets    3 probe scores
