@@ -1,10 +1,20 @@
 #!/usr/bin/env python3
-"""How the time of a distillation step falls with the student's depth, as ratios.
+"""What a distillation step takes, by depth and by what does not run in it.
 
-All depths are measured side by side in one process, on random audio: the medians of
-rounds of one step at each. The JSON has `depths` (time of a step over that at full
-depth) and `schedules` (the same for all steps of a growing run) for cached targets, and
-both under `live` for a teacher that runs in each step.
+All steps are measured side by side in one process, on random audio: the medians of
+rounds of one step of each. They differ in the student's depth, and in what else runs:
+
+    live             the teacher runs, and the student trains a CNN of its own
+    cached           the student trains a CNN of its own; targets are given
+    frozen           the teacher runs; its CNN runs once for both, and is not trained
+    frozen cached    the student runs the teacher's CNN; targets are given
+    features         targets and the output of the teacher's CNN are given
+
+Arithmetic is that of matrix products and convolutions, forward and backward, in GFLOP
+for a second of audio (two for a multiply-accumulate). Reading what is given is not in
+the time: the DataLoader's workers do it. The JSON has `depths` (time of a step over
+that at full depth) and `schedules` (the same for all steps of a growing run) for cached
+targets, and both under the other names for the other steps.
 """
 
 import argparse
@@ -12,20 +22,29 @@ import itertools
 import json
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 import yaml
-from steps import times_in_turns, training_step
+from steps import macs, times_in_turns, training_step
+from tabulate import tabulate
 from transformers import HubertConfig, HubertModel
 
 from dldkit.depth.growth import boundaries
 from dldkit.errors import UserError, report_user_errors
 from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.options import complete
+from dldkit.sfm.teacher.protocol import Targets, Teacher
 
-SMALL = Path(__file__).parents[1] / "egs2/digits/ssl1/conf/train_sfm.yaml"
+ROOT = Path(__file__).parents[1]
+STUDENTS = dict(
+    small=ROOT / "egs2/digits/ssl1/conf/train_sfm.yaml",
+    paper=ROOT / "egs2/librispeech/ssl1/conf/train_sfm.yaml",  # of arXiv 2606.11766
+)
+NARROW = dict(hidden_size=384, intermediate_size=1536, num_attention_heads=6)
+TEACHERS = dict(small=dict(NARROW, num_hidden_layers=4), base={})  # HuBERT-base
 SCHEDULES = dict(equal=dict(schedule="equal"), prop1=dict(schedule="prop", alpha=1.0))
 
 
@@ -36,29 +55,89 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", default=str(SMALL), help="config of sfm_distill_train")
-    add("--teacher", help="the model of the live teacher; none: a small random HuBERT")
-    add("--teacher_depth", type=int, default=4, help="layers of the random HuBERT")
+    add("--student", default="small", choices=STUDENTS, help="of digits, or the paper")
+    add("--teacher", help="the model of the live teacher; none: a random HuBERT")
+    add(
+        "--teacher_size", default="small", choices=TEACHERS, help="of the random HuBERT"
+    )
     add("--depths", default="3 6 9 12", help="stages of growth; the last one is full")
     add("--batch_size", type=int, help="utterances; none: as the config")
     add("--seconds", type=float, help="of each utterance; none: as the config")
     add("--rounds", type=int, default=7, help="steps at each depth, after a first one")
     add("--num_threads", type=int, default=2, help="on CPU")
+    add("--trace", action="store_true", help="print which operations take the time")
     add("--output_json", help="file for the ratios")
     return parser
 
 
-def random_teacher(directory: str, num_layers: int) -> str:
-    """Save a HuBERT of narrow layers."""
-    config = HubertConfig(
-        hidden_size=384,
-        intermediate_size=1536,
-        num_attention_heads=6,
-        num_hidden_layers=num_layers,
-        conv_dim=[64] * 7,
-    )
-    HubertModel(config).save_pretrained(directory)
+def random_teacher(directory: str, size: str, student_conf: dict[str, Any]) -> str:
+    """Save a HuBERT of this size, with a CNN as the student's."""
+    cnn = {k: v for k, v in student_conf.items() if k.startswith(("conv_", "feat_e"))}
+    HubertModel(HubertConfig(**TEACHERS[size], **cnn)).save_pretrained(directory)
     return directory
+
+
+class Case:
+    """A student, and what a step of it computes.
+
+    Args:
+        speech: (Batch, Samples), or features (Batch, Time, Channels).
+        teacher: returns the targets.
+    """
+
+    def __init__(
+        self,
+        model: SFMDistillModel,
+        speech: torch.Tensor,
+        teacher: Callable[..., Targets],
+    ):
+        self.model, self.speech, self.teacher = model.train(), speech, teacher
+        size = speech.size(1)
+        self.lengths = torch.full((len(speech),), size)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def loss(self) -> torch.Tensor:
+        """Run a forward; on a GPU in lower precision, as the recipe trains."""
+        kind = self.speech.device.type
+        with torch.autocast(kind, enabled=kind == "cuda"):
+            return self.model(self.speech, self.lengths)[0]
+
+    def step(self, depth: int) -> None:
+        """Run a training step of a depth."""
+        self.model._teacher = self.teacher
+        self.model.student.encoder.layers.select(range(depth))
+        training_step(self.loss, self.optimizer)
+
+
+def build_cases(
+    student_conf: dict[str, Any], model_conf: dict[str, Any], speech: torch.Tensor
+) -> dict[str, Case]:
+    """Return the kinds of steps by their names; those that the CNNs allow."""
+    lengths = torch.full((len(speech),), speech.size(1))
+
+    def build(**options: Any) -> tuple[SFMDistillModel, Teacher]:
+        torch.manual_seed(0)
+        conf = complete({**model_conf, **options})
+        model = SFMDistillModel(student_conf, **conf).to(speech.device)
+        return model, model.open_teacher(speech.device)
+
+    model, live = build()
+    targets = live(speech, lengths)
+    cases = dict(
+        live=Case(model, speech, live), cached=Case(model, speech, lambda *_: targets)
+    )
+    try:
+        frozen, live = build(cnn_init="teacher", freeze_cnn=True)
+    except UserError as error:
+        print(f"no steps with the teacher's CNN: {error}")
+        return cases
+    features, _ = frozen.cnn_features(speech, lengths)
+    return {
+        **cases,
+        "frozen": Case(frozen, speech, live),
+        "frozen cached": Case(frozen, speech, lambda *_: targets),
+        "features": Case(frozen, features, lambda *_: targets),
+    }
 
 
 def measure(
@@ -88,58 +167,98 @@ def ratios(seconds: dict[int, float]) -> dict[str, dict[str, float]]:
     return {"depths": of_depth, "schedules": of_schedule}
 
 
+def table(
+    seconds: dict[str, dict[int, float]], arithmetic: dict[str, dict[int, float]]
+) -> str:
+    """Return the table of all cases; stages of growth are equal.
+
+    Args:
+        seconds, arithmetic: of a step by case and depth; the latter in GFLOP for a
+            second of audio.
+    """
+    depths = sorted(seconds["live"])
+    full = depths[-1]
+    rows = []
+    for name, times in seconds.items():
+        row = [name, *(f"{times[depth]:.2f}" for depth in depths)]
+        for of in (seconds, arithmetic):
+            mean = statistics.fmean(of[name].values())
+            if of is arithmetic:
+                row.append(f"{of[name][full]:.1f}")
+            row += [f"{mean:.2f}", f"{of['live'][full] / mean:.2f}"]
+        rows.append(row)
+    faster = f"live {full} / it"
+    head = ["step", *(f"{depth} (s)" for depth in depths), "equal (s)", faster]
+    head += [f"{full} (GFLOP)", "equal (GFLOP)", faster]
+    align = ["left", *["right"] * (len(head) - 1)]
+    return tabulate(rows, head, "github", colalign=align, disable_numparse=True)
+
+
+def trace(steps: dict[str, Callable[[], None]], count: int = 10) -> str:
+    """Return the table of the operations that take most of these steps' time."""
+    on_gpu = torch.cuda.is_available()
+    shares: dict[str, dict[str, float]] = {}
+    for name, step in steps.items():
+        with torch.profiler.profile() as profiler:
+            step()
+        times = {
+            event.key: (
+                event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            )
+            for event in profiler.key_averages()
+        }
+        total = sum(times.values())
+        shares[name] = {key: 100 * time / total for key, time in times.items()}
+    keys = {key for of in shares.values() for key in of}
+    ranked = sorted(keys, key=lambda k: -max(of.get(k, 0.0) for of in shares.values()))
+    rows = [
+        (key, *(f"{of.get(key, 0.0):.1f}" for of in shares.values()))
+        for key in ranked[:count]
+    ]
+    return tabulate(rows, ["operation", *(f"{name}, %" for name in shares)], "github")
+
+
 @report_user_errors
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Measure, print a table, and write the ratios."""
     args = get_parser().parse_args(cmd)
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = yaml.safe_load(Path(args.config).read_text())
-    conf = config.get("model_conf", {})
-    seconds = args.seconds or config.get("collate_fn_conf", {}).get("max_seconds", 15.6)
-    batch_size = args.batch_size or config.get("batch_size", 16)
+    config = yaml.safe_load(STUDENTS[args.student].read_text())
+    seconds = args.seconds or config["collate_fn_conf"]["max_seconds"]
+    batch_size = args.batch_size or config["batch_size"]
     depths = [int(depth) for depth in args.depths.split()]
+    student_conf = config["student_conf"]
+    if max(depths) != (layers := student_conf["num_hidden_layers"]):
+        raise UserError(f"--depths end at {max(depths)}: {layers} in the student")
 
+    speech = torch.randn(batch_size, int(seconds * 16000), device=device)
     with tempfile.TemporaryDirectory() as directory:
-        teacher = args.teacher or random_teacher(directory, args.teacher_depth)
-        torch.manual_seed(0)
-        model = SFMDistillModel(
-            config["student_conf"], **complete({**conf, "teacher": teacher})
-        ).to(device)
-        live = model.open_teacher(device)
-    layers = model.student.encoder.layers
-    if max(depths) != len(layers):
-        raise UserError(f"--depths end at {max(depths)}: {len(layers)} in the student")
-    samples = int(seconds * 16000)
-    speech = torch.randn(batch_size, samples, device=device)
-    lengths = torch.full((batch_size,), samples, device=device)
-    targets = live(speech, lengths)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def step_of(teacher, shares_cnn: bool, depth: int) -> Callable[[], None]:
-        def step() -> None:
-            model._teacher, model._shares_cnn = teacher, shares_cnn
-            layers.select(range(depth))
-            training_step(lambda: model(speech, lengths)[0], optimizer)
-
-        return step
-
-    model.train()
-    cases = {"cached": (lambda *_: targets, False), "live": (live, model._shares_cnn)}
-    measured = measure(
-        {c: {d: step_of(*how, d) for d in depths} for c, how in cases.items()},
-        args.rounds,
-    )
-    found = {case: ratios(times) for case, times in measured.items()}
+        teacher = args.teacher or random_teacher(
+            directory, args.teacher_size, student_conf
+        )
+        conf = {**config["model_conf"], "teacher": teacher}
+        cases = build_cases(student_conf, conf, speech)
+    steps = {
+        name: {depth: partial(case.step, depth) for depth in depths}
+        for name, case in cases.items()
+    }
+    audio = batch_size * seconds
+    arithmetic = {
+        name: {depth: 2e-9 * macs(step) / audio for depth, step in of.items()}
+        for name, of in steps.items()
+    }
+    measured = measure(steps, args.rounds)
     print(f"{batch_size} x {seconds} s, median of {args.rounds} steps, {device}")
-    for case, ratio in found.items():
-        for depth, time_ in measured[case].items():
-            of_full = ratio["depths"][str(depth)]
-            print(f"{case:7} depth {depth:2}: {time_:8.3f} s, {of_full:.2f} of full")
-        for name, of_full in ratio["schedules"].items():
-            print(f"{case:7} schedule {name}: {of_full:.2f} of full")
+    print(table(measured, arithmetic))
+    found = {name: ratios(times) for name, times in measured.items()}
+    for name, ratio in found.items():
+        of_full = ", ".join(f"{s} {r:.2f}" for s, r in ratio["schedules"].items())
+        print(f"{name}: time of a growing run over one of full depth: {of_full}")
+    if args.trace:
+        print(trace({name: of[max(depths)] for name, of in steps.items()}))
     if args.output_json:
-        result = {**found["cached"], "live": found["live"]}
+        result = {**found.pop("cached"), **found, "arithmetic": arithmetic}
         Path(args.output_json).write_text(json.dumps(result, indent=2) + "\n")
 
 

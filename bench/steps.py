@@ -1,10 +1,11 @@
-"""Training steps, and their times when many kinds of them take turns."""
+"""Training steps, their arithmetic, and their times when many kinds take turns."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -20,6 +21,14 @@ def training_step(
     optimizer.zero_grad()
     if parameters[0].is_cuda:
         torch.cuda.synchronize()
+
+
+def macs(run: Callable[[], Any]) -> int:
+    """Count the multiply-accumulates of matrix products and convolutions."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    return counter.get_total_flops() // 2
 
 
 def times_in_turns(

@@ -18,7 +18,7 @@ import itertools
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -27,10 +27,9 @@ import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.utils.yaml_no_alias_safe_dump import yaml_no_alias_safe_dump
 from omegaconf import DictConfig, OmegaConf
-from steps import times_in_turns, training_step
+from steps import macs, times_in_turns, training_step
 from tabulate import tabulate
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from dldkit.asr.loading import without_espnets_news
 from dldkit.asr.posteriors import pack
@@ -168,8 +167,8 @@ class System:
         reference = 0
         if getattr(self.model, "reference_path", None) not in (None, "self"):
             frozen = self.model.open_reference()
-            reference = _macs(lambda: frozen(**_without_text(self.batch)))
-        forward = _macs(partial(self.loss, depth)) - reference
+            reference = macs(lambda: frozen(**_without_text(self.batch)))
+        forward = macs(partial(self.loss, depth)) - reference
         return 3 * forward + reference
 
     def kept_bytes(self) -> int:
@@ -191,13 +190,6 @@ class System:
 
 def _without_text(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: x for name, x in batch.items() if not name.startswith("text")}
-
-
-def _macs(run: Callable[[], Any]) -> int:
-    counter = FlopCounterMode(display=False)
-    with counter:
-        run()
-    return counter.get_total_flops() // 2
 
 
 def build_systems(args: argparse.Namespace, directory: Path) -> dict[str, System]:

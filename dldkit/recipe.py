@@ -35,7 +35,7 @@ CHOICES = {
     "token_type": ["char", "bpe", "word"],
     "bpemode": ["unigram", "bpe"],
     "kd_source": ["live", "cached"],
-    "targets": ["live", "cached"],
+    "targets": ["live", "cached", "cached_features"],
     "targets_dtype": ["float16", "int8"],
     "feats_normalize": ["global_mvn", "utterance_mvn", "none"],
     "selector": ["", "even", "prefix"],
@@ -152,6 +152,14 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
             "there is no teacher: set --teacher, or TEACHER in the environment or "
             "db.sh, to a directory or a Hugging Face name; with network, "
             "facebook/hubert-base-ls960 or openai/whisper-tiny.en is downloaded"
+        )
+    shares_cnn = OmegaConf.select(config, "model_conf.cnn_init") == "teacher"
+    shares_cnn &= bool(OmegaConf.select(config, "model_conf.freeze_cnn"))
+    if options["targets"] == "cached_features" and not shares_cnn:
+        raise UserError(
+            f"--targets cached_features, but --system {options['system']} has a CNN of "
+            "its own: choose --system fast, set model_conf cnn_init: teacher and "
+            "freeze_cnn: true, or say --targets cached"
         )
     teacher_layers = OmegaConf.select(config, "model_conf.teacher_layers") or []
     seconds = OmegaConf.select(config, "collate_fn_conf.max_seconds")

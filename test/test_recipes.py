@@ -767,10 +767,11 @@ def test_every_distillation_config_builds_its_student(
     conf = built["trainer_conf"]
     if system.stem != "full":
         assert conf["depths"] == [3, 6, 9, 12]
-        methods = dict(stackbert="stack", every_depth="interleave")
+        methods = dict(stackbert="stack", every_depth="interleave", fast="interleave")
         assert conf["method"] == methods.get(system.stem, system.stem.split("_")[0])
         is_prop = system.stem in ("interleave_prop1", "every_depth")
         assert (conf["schedule"] == "prop") == is_prop
+    assert built["model_conf"].get("freeze_cnn", False) == (system.stem == "fast")
     assert len(built["model_conf"]["teacher_layers"]) == 3
     assert built["best_model_criterion"] == [["valid", "loss", "min"]]
     # 7 % of the steps to warm up, then to zero, however many there are
@@ -954,6 +955,35 @@ def test_a_second_distillation_keeps_everything(distilled):
     assert "epoch results" not in printed
     assert "| interleave_eql " in printed  # the table is shown again
     assert {path: path.stat().st_mtime_ns for path in kept} == before
+
+
+def test_a_fast_distillation_reads_no_audio(distilled, speech):
+    """Its CNN is the teacher's, whose features are cached beside the targets."""
+    from transformers import AutoModel
+
+    recipe, run, _ = distilled
+    (recipe / "conf" / "systems" / "fast.yaml").write_text(
+        "trainer_conf: {depths: [2, 4], schedule: equal}\n"
+    )
+    words = "--system fast --targets cached_features --probe none --skip_packing true"
+    printed = run("--stage", 9, "--stop_stage", 12, *words.split())
+    assert "CNN features of 8 values: " in printed
+    assert "Collecting targets" not in printed  # those of the first training stay
+    exp = recipe / "exp" / "sfm_fast"
+    config = yaml.safe_load((exp / "config.yaml").read_text())
+    for part in ("train", "valid"):
+        files = {f[1]: f[0] for f in config[f"{part}_data_path_and_name_and_type"]}
+        assert files == dict(
+            speech="exp/targets_teacher/features/features.scp",
+            targets="exp/targets_teacher/targets.scp",
+        )
+    own = json.loads((exp / "teacher_loss.json").read_text())
+    assert 0 < own["loss"] < 1e-4
+    ours, theirs = (
+        AutoModel.from_pretrained(path).feature_extractor.state_dict()
+        for path in (exp / "hf", speech["TEACHER"])
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_another_teacher_has_targets_of_its_own(distilled, tmp_path):

@@ -20,6 +20,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_dirs", nargs="+", required=True, help="training and validation speech")
     add("--output_dir", required=True, help="for targets.scp and the arks")
     add("--dtype", default="float16", choices=["float16", "int8"], help="of a value")
+    add(
+        "--features",
+        action="store_true",
+        help="write what the teacher's CNN makes of the speech, too, for students that "
+        "have that CNN: their training reads no audio (cached_features: true)",
+    )
     add("--ngpu", type=int, default=0, choices=[0, 1], help="1 = compute on the GPU")
     add_job_options(parser)
     return parser

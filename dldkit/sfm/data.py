@@ -1,7 +1,8 @@
 """Batches of unlabelled speech: crops, or padding.
 
-Cached targets are those of whole utterances, which for teacher and student are the same
-only if the student hears them whole. So these are padded, never cropped.
+`speech` is a waveform (Samples,), or cached features of the teacher's CNN (Time,
+Channels). What is cached is that of whole utterances, which for teacher and student are
+the same only if the student hears them whole. So these are padded, never cropped.
 """
 
 from typing import Collection, Sequence
@@ -12,12 +13,14 @@ from espnet2.train.collate_fn import common_collate_fn
 
 from dldkit.data.audio import BadAudio, declared_length
 from dldkit.data.datadir import read_table, splits_of
+from dldkit.data.frames import DATA_TYPE
 from dldkit.errors import UserError
 from dldkit.sfm.int8 import unpack
 
 FRAME = 320  # samples: a frame of HuBERT, WavLM, wav2vec2 and Whisper; crops keep to it
 SHORTEST = 2 * FRAME
 TARGETS = "targets"  # the name of the data, and of their table
+FEATURES = "features"  # the table of the teacher's CNN features, and its directory
 
 
 def longest(max_seconds: float, fs: int) -> float:
@@ -41,7 +44,7 @@ class CropCollateFn:
         train: crops begin at random places; otherwise they are taken from the middle.
         crop: cut all to the shortest one; False, or with cached targets = pad to the
             longest one.
-        max_seconds: cut what is longer.
+        max_seconds: cut what is longer; of cached targets, refuse it.
         fs: sampling rate in Hz.
 
     Raises:
@@ -72,8 +75,11 @@ class CropCollateFn:
             UserError: when an utterance is shorter than two frames, or has cached
                 targets of other audio, or of more than `max_seconds`.
         """
-        sizes = [int(min(len(d["speech"]), self.max_samples)) for _, d in data]
-        if min(sizes) < SHORTEST:
+        is_wave = data[0][1]["speech"].ndim == 1
+        unit = 1 if is_wave else FRAME  # samples
+        most = int(self.max_samples // unit)
+        sizes = [min(len(d["speech"]), most) for _, d in data]
+        if is_wave and min(sizes) < SHORTEST:
             utt = [u for u, d in data][int(np.argmin(sizes))]
             raise UserError(
                 f"utterance {utt} is too short to learn from ({min(sizes)} samples): "
@@ -90,7 +96,9 @@ class CropCollateFn:
                 crop[TARGETS] = (
                     unpack(targets) if targets.dtype.kind == "i" else targets
                 )
-                self._refuse_others_targets(utt, len(whole["speech"]), crop)
+                samples = unit * len(whole["speech"])
+                frames = len(crop[TARGETS])
+                self._refuse_others_targets(utt, samples, unit * size, frames)
             crops.append((utt, crop))
         utts, batch = common_collate_fn(crops)
         batch["lengths_on_host"] = {
@@ -105,9 +113,8 @@ class CropCollateFn:
         return int(frame) * FRAME
 
     def _refuse_others_targets(
-        self, utt: str, samples: int, crop: dict[str, np.ndarray]
+        self, utt: str, samples: int, heard: int, frames: int
     ) -> None:
-        frames = len(crop[TARGETS])
         # HuBERT's CNN gives a frame less where the last one would need more samples
         if abs(frames - samples // FRAME) > 1:
             raise UserError(
@@ -115,7 +122,7 @@ class CropCollateFn:
                 f"one for {FRAME} samples: they were collected from other audio; "
                 "collect them again (python -m dldkit.bin.sfm_collect_targets)"
             )
-        if samples > len(crop["speech"]):
+        if samples > heard:
             raise UserError(
                 f"utterance {utt} is longer than max_seconds "
                 f"({self.max_samples / self.fs:g} s), and its cached targets are those "
@@ -127,7 +134,7 @@ class CropCollateFn:
 def refuse_other_rates(
     data: Sequence[tuple[str, str, str]], sampling_rate: int
 ) -> None:
-    """Refuse speech of another sampling rate, in Hz, than the teacher's.
+    """Refuse waveforms of another sampling rate, in Hz, than the teacher's.
 
     Args:
         data: path, name and type of ESPnet's data entries.
@@ -135,8 +142,8 @@ def refuse_other_rates(
     Raises:
         UserError: naming the table, and an utterance; or for an empty table.
     """
-    for path, name, _ in data:
-        if name != "speech":
+    for path, name, kind in data:
+        if name != "speech" or kind == DATA_TYPE:
             continue
         table = read_table(splits_of(path)[0])
         if not table:

@@ -148,7 +148,8 @@ class SFMDistillModel(AbsESPnetModel):
         """Return the loss, its parts, and the batch size.
 
         Args:
-            speech: (Batch, Samples).
+            speech: (Batch, Samples), or cached features of the teacher's CNN (Batch,
+                Time, Channels).
             speech_lengths: (Batch,).
             targets: of a cached teacher, as ESPnet read them and `CropCollateFn` cut
                 them (Batch, Time, Layers, Dim).
@@ -164,16 +165,12 @@ class SFMDistillModel(AbsESPnetModel):
         speech_lengths = speech_lengths.cpu()
         speech = speech[:, : int(speech_lengths.max())]
         teacher = self.open_teacher(speech.device)
-        features = self.cnn_features(speech, speech_lengths)
+        features, lengths = self.cnn_features(speech, speech_lengths)
         known = {}
         if isinstance(teacher, CachedTeacher):
             known = dict(targets=targets, targets_lengths=targets_lengths)
-        elif self._shares_cnn:
-            known = dict(features=features)
-        expected, expected_lengths = teacher(
-            speech, speech_lengths, kwargs.get("utt_id"), **known
-        )
-        lengths = frame_lengths(self.student, speech_lengths)
+        heard = (features, lengths) if self._shares_cnn else (speech, speech_lengths)
+        expected, expected_lengths = teacher(*heard, kwargs.get("utt_id"), **known)
         states = hidden_states(self.student, features, lengths)
         states, expected, lengths = trim(states, lengths, expected, expected_lengths)
         depth = len(states) - 1
@@ -207,20 +204,32 @@ class SFMDistillModel(AbsESPnetModel):
 
     def cnn_features(
         self, speech: torch.Tensor, speech_lengths: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the student's CNN features (Batch, Time, Channels)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the student's CNN features (Batch, Time, Channels), and valid frames.
+
+        Raises:
+            UserError: cached ones are given, but its CNN is not the teacher's.
+        """
+        if speech.dim() == 3:
+            if not self._shares_cnn:
+                raise UserError(
+                    "the features that were cached are those of the teacher's CNN, and "
+                    "the student has another one: set cnn_init: teacher and "
+                    "freeze_cnn: true, leave normalize and init_param out, or set "
+                    "cached_features: false"
+                )
+            return speech, speech_lengths
         if self.normalize:
             speech = normalize_speech(speech, speech_lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_cnn):
-            return cnn_features(self.student, speech, speech_lengths)
+            features = cnn_features(self.student, speech, speech_lengths)
+        return features, frame_lengths(self.student, speech_lengths)
 
     def hidden_states(
         self, speech: torch.Tensor, speech_lengths: torch.Tensor
     ) -> list[torch.Tensor]:
         """Return the student's hidden states (Batch, Time, Dim), as `wave` does."""
-        features = self.cnn_features(speech, speech_lengths)
-        lengths = frame_lengths(self.student, speech_lengths)
-        return hidden_states(self.student, features, lengths)
+        return hidden_states(self.student, *self.cnn_features(speech, speech_lengths))
 
     def collect_feats(
         self, speech: torch.Tensor, speech_lengths: torch.Tensor, **kwargs: Any
@@ -257,7 +266,8 @@ class SFMDistillModel(AbsESPnetModel):
             raise UserError(
                 f"cnn_init: teacher: the CNN of {self.teacher_path} does not fit the "
                 f"student's: {error}. Give student_conf the conv_* and feat_extract_* "
-                "values of the teacher, or set cnn_init: null"
+                "values of the teacher, collect cached targets of an old version "
+                "again, or set cnn_init: null"
             ) from error
 
     def _has_the_teachers_cnn(self) -> bool:

@@ -1,11 +1,13 @@
 """Options of a distillation that are left to the teacher."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from espnet2.utils.get_default_kwargs import get_default_kwargs
 
 from dldkit.errors import UserError
+from dldkit.sfm.data import FEATURES
 from dldkit.sfm.loss import carriers_of_copies
 from dldkit.sfm.teacher.opening import teacher_info
 from dldkit.sfm.teacher.protocol import TeacherInfo
@@ -25,6 +27,26 @@ def named_teacher(model_conf: dict[str, Any]) -> str:
             "an ESPnet SSL model, or a directory of cached targets"
         )
     return teacher
+
+
+def refuse_own_cnn(model_conf: dict[str, Any]) -> None:
+    """Refuse cached features for a student whose CNN is not the teacher's.
+
+    Raises:
+        UserError: saying what to set; also where none are cached.
+    """
+    stored = Path(named_teacher(model_conf), FEATURES, f"{FEATURES}.scp")
+    if not stored.is_file():
+        raise UserError(
+            f"cached_features: true, but there is no {stored}: set model_conf teacher "
+            "to what `sfm_collect_targets --features` wrote, or cached_features: false"
+        )
+    if model_conf.get("cnn_init") != "teacher" or not model_conf.get("freeze_cnn"):
+        raise UserError(
+            "cached_features: true needs a student with the teacher's CNN, as it is: "
+            "set model_conf cnn_init: teacher and freeze_cnn: true, or "
+            "cached_features: false"
+        )
 
 
 def usual_layers(info: TeacherInfo) -> list[int]:

@@ -5,7 +5,7 @@ import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Optional, Sequence, Union
+from typing import Callable, NamedTuple, Optional, Sequence, Union
 
 import humanfriendly
 import numpy as np
@@ -22,12 +22,13 @@ from dldkit.data.frames import (
     refuse_missing_gpu,
 )
 from dldkit.errors import UserError
-from dldkit.sfm.data import FRAME, SHORTEST, TARGETS
+from dldkit.sfm.data import FEATURES, FRAME, SHORTEST, TARGETS
 from dldkit.sfm.int8 import pack
 from dldkit.sfm.options import usual_layers
-from dldkit.sfm.teacher.cached import TARGETS_DESCRIPTION, CachedTeacher
+from dldkit.sfm.teacher.cached import CNN, TARGETS_DESCRIPTION, CachedTeacher
 from dldkit.sfm.teacher.opening import open_teacher, teacher_info
-from dldkit.sfm.teacher.protocol import Teacher, TeacherInfo
+from dldkit.sfm.teacher.protocol import Teacher
+from dldkit.sfm.teacher.wave import WaveTeacher
 from dldkit.step import Step, atomic
 
 PathLike = Union[str, Path]
@@ -43,10 +44,12 @@ def collect_targets(
     parallel_config: Optional[str] = None,
     ngpu: int = 0,
     dtype: str = "float16",
+    features: bool = False,
 ) -> None:
     """Write a teacher's hidden states of all utterances to Kaldi arks.
 
-    They are (Time, Layers, Dim), computed in float32. A finished collection is kept; an
+    They are (Time, Layers, Dim), computed in float32. Its CNN is written beside them,
+    for students that take it over. A finished collection is kept; an
     interrupted one continues with the parts that are missing. Utterances that are too
     short to learn from are left out, with a warning, and listed in `too_short`.
 
@@ -58,6 +61,8 @@ def collect_targets(
         nj: number of jobs.
         ngpu: 1 = the jobs compute on the GPU, 0 = on the CPU.
         dtype: `float16`, or `int8`, see `dldkit.sfm.int8`.
+        features: write what the teacher's CNN makes of the utterances as well (Time,
+            Channels), in float16, to the directory `features` in `output_dir`.
 
     Raises:
         UserError: for a teacher that can not be opened, audio that it can not take, a
@@ -72,55 +77,91 @@ def collect_targets(
     if isinstance(opened, CachedTeacher):
         raise UserError(f"{teacher} holds cached targets already: name the model")
     tables = [read_table(Path(data_dir) / "wav.scp") for data_dir in data_dirs]
-    parts = parts_of(output_dir, [list(table) for table in tables])
+    utts = [list(table) for table in tables]
+    parts = parts_of(output_dir, utts)
+    feature_parts = parts_of(output_dir / FEATURES, utts) if features else []
+    if features and not isinstance(opened, WaveTeacher):
+        raise UserError(
+            f"{teacher} has no CNN on waveforms whose features could be written: leave "
+            "--features out (of sfm.sh: --targets cached)"
+        )
 
     files = {f"{i} wav.scp": Path(d) / "wav.scp" for i, d in enumerate(data_dirs)}
     made_from = dict(teacher=model_digest(opened.model), info=asdict(opened.info))
     with Step(output_dir, files, layers=layers, dtype=dtype, **made_from) as step:
-        if step.done:
-            return
+        size = opened.info.hidden_size
+        wanted = [
+            _Wanted(parts, f"{len(layers)} layer(s)", len(layers), size, BYTES[dtype])
+        ]
+        if features:
+            channels = opened.model.config.conv_dim[-1]
+            wanted.append(_Wanted(feature_parts, "CNN features", 1, channels, 2))
+        lengths = [_lengths(data_dir) for data_dir in data_dirs]
         _refuse_small_disk(
-            [part for part in parts if not part.is_done],
-            tables,
-            [_lengths(data_dir) for data_dir in data_dirs],
-            opened.info,
-            len(layers),
-            BYTES[dtype],
-            output_dir,
+            wanted, tables, lengths, opened.info.sampling_rate, output_dir
         )
-        write = functools.partial(
-            _write, str(teacher), tuple(layers), bool(ngpu), dtype, tables
-        )
-        collect(output_dir, TARGETS, parts, write, nj, parallel_config)
-        # it comes last: what looks for cached targets looks for this file
-        description = {"teacher": str(teacher), **asdict(opened.info), "layers": layers}
-        with atomic(output_dir / TARGETS_DESCRIPTION) as new:
-            text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True)
-            new.write_text(text, encoding="utf-8")
+        job = str(teacher), tuple(layers), bool(ngpu), tables
+        if not step.done:
+            write = functools.partial(_write, _hidden_states, dtype, *job)
+            collect(output_dir, TARGETS, parts, write, nj, parallel_config)
+            if isinstance(opened, WaveTeacher):
+                opened.save_cnn(output_dir / CNN)
+            # it comes last: what looks for cached targets looks for this file
+            about = {"teacher": str(teacher), **asdict(opened.info), "layers": layers}
+            with atomic(output_dir / TARGETS_DESCRIPTION) as new:
+                text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
+                new.write_text(text, encoding="utf-8")
+        if not features:
+            return
+        with Step(output_dir / FEATURES, files, **made_from) as step_of_features:
+            if not step_of_features.done:
+                write = functools.partial(_write, _cnn_features, "float16", *job)
+                collect(
+                    output_dir / FEATURES,
+                    FEATURES,
+                    feature_parts,
+                    write,
+                    nj,
+                    parallel_config,
+                )
+
+
+class _Wanted(NamedTuple):
+    """What is to be written."""
+
+    parts: Sequence[Part]
+    name: str
+    arrays: int  # for each frame
+    size: int  # of such an array
+    bytes: int  # of a value
 
 
 def _refuse_small_disk(
-    parts: Sequence[Part],
+    wanted: Sequence[_Wanted],
     tables: Sequence[Table],
     lengths: Sequence[dict[str, int]],
-    info: TeacherInfo,
-    layers: int,
-    bytes_per_value: int,
+    rate: int,
     output: Path,
 ) -> None:
-    """Log the size of what is to be written, and refuse it if there is no room."""
-    samples = 0
-    for part in parts:
-        table, known = tables[part.source], lengths[part.source]
-        samples += sum(known.get(u) or _samples_of(u, table[u]) for u in part.utts)
-    size = samples // FRAME * layers * info.hidden_size * bytes_per_value
+    """Log the size of what is not there yet, and refuse it if there is no room."""
+    total, messages = 0, []
+    for parts, name, arrays, size, bytes_ in wanted:
+        samples = 0
+        for part in parts:
+            if not part.is_done:
+                table, known = tables[part.source], lengths[part.source]
+                samples += sum(
+                    known.get(u) or _samples_of(u, table[u]) for u in part.utts
+                )
+        needed = samples // FRAME * arrays * size * bytes_
+        total += needed
+        messages.append(
+            f"{samples / rate / 3600:.2f} h of speech, {name} of {size} values: "
+            f"{humanfriendly.format_size(needed, binary=True)}"
+        )
+    message = "; ".join(messages)
     free = shutil.disk_usage(output).free
-    needed = humanfriendly.format_size(size, binary=True)
-    message = (
-        f"{samples / info.sampling_rate / 3600:.2f} h of speech, {layers} layer(s) of "
-        f"{info.hidden_size} values: {needed}"
-    )
-    if size > free:
+    if total > free:
         free_size = humanfriendly.format_size(free, binary=True)
         raise UserError(
             f"{message}, but {output} has {free_size} left: ask for fewer layers, "
@@ -148,11 +189,27 @@ def _open(teacher: str, layers: tuple[int, ...], gpu: bool) -> Teacher:
     return open_teacher(teacher, layers, "cuda" if gpu else "cpu")
 
 
+def _hidden_states(
+    opened: Teacher, speech: torch.Tensor, lengths: torch.Tensor, utts: list[str]
+) -> torch.Tensor:
+    """Return them for speech without padding: (Batch, Time, Layers, Dim)."""
+    states, _ = opened(speech, lengths, utts)
+    return torch.stack(states, 2)
+
+
+def _cnn_features(
+    opened: WaveTeacher, speech: torch.Tensor, lengths: torch.Tensor, utts: list[str]
+) -> torch.Tensor:
+    """Return them for speech without padding: (Batch, Time, Channels)."""
+    return opened.cnn_features(speech, lengths)
+
+
 def _write(
+    compute: Callable[..., torch.Tensor],
+    dtype: str,
     teacher: str,
     layers: tuple[int, ...],
     gpu: bool,
-    dtype: str,
     tables: Sequence[Table],
     part: Part,
 ) -> None:
@@ -164,12 +221,11 @@ def _write(
         if samples < SHORTEST:
             return None
         lengths = torch.full((len(utts),), samples)
-        states, _ = opened(speech.to(device), lengths, utts)
-        targets = torch.stack(states, 2).cpu()
-        halves = targets.half().numpy()
+        found = compute(opened, speech.to(device), lengths, utts).cpu()
+        halves = found.half().numpy()
         for utt, array in zip(utts, halves):
             _refuse_unfit(utt, array, samples)
-        return halves if dtype == "float16" else [pack(a) for a in targets.numpy()]
+        return halves if dtype == "float16" else [pack(a) for a in found.numpy()]
 
     table, rate = tables[part.source], opened.info.sampling_rate
     part.write({utt: _read(utt, table[utt], rate) for utt in part.utts}, forward)

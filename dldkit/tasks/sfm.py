@@ -11,14 +11,20 @@ from espnet2.train.abs_espnet_model import AbsESPnetModel
 from espnet2.train.class_choices import ClassChoices
 from espnet2.train.collate_fn import CommonCollateFn
 from espnet2.utils.nested_dict_action import NestedDictAction
+from espnet2.utils.types import str2bool
 
 import dldkit
 from dldkit.data.frames import read_in_training
 from dldkit.errors import UserError
 from dldkit.sfm.batches import LengthBuckets, report_used
-from dldkit.sfm.data import TARGETS, CropCollateFn, refuse_other_rates
+from dldkit.sfm.data import FEATURES, TARGETS, CropCollateFn, refuse_other_rates
 from dldkit.sfm.model import SFMDistillModel
-from dldkit.sfm.options import complete, follow_copies, named_teacher
+from dldkit.sfm.options import (
+    complete,
+    follow_copies,
+    named_teacher,
+    refuse_own_cnn,
+)
 from dldkit.sfm.teacher.cached import is_cached
 from dldkit.sfm.teacher.opening import teacher_info, weight_files
 from dldkit.train.choices import TrainerChoice, trainer_choices
@@ -55,6 +61,13 @@ class SFMDistillTask(TrainerChoice, AbsTask):
             default=dict(),
             help="Batches: crop (true: cut all to the shortest utterance, false: pad) "
             "and max_seconds (longer ones are cut)",
+        )
+        group.add_argument(
+            "--cached_features",
+            type=str2bool,
+            default=False,
+            help="Read no audio, but what `sfm_collect_targets --features` cached; for "
+            "a student that has the teacher's CNN, frozen",
         )
         for choices in cls.class_choices_list:
             choices.add_arguments(group)
@@ -131,15 +144,26 @@ class SFMDistillTask(TrainerChoice, AbsTask):
 
     @classmethod
     def check_data(cls, args: argparse.Namespace) -> None:
-        """Let training read cached targets; refuse another rate than the teacher's."""
+        """Let training read what is cached; refuse another rate than the teacher's."""
         teacher = named_teacher(args.model_conf)
-        if not args.collect_stats and is_cached(teacher):
-            read_in_training(args, Path(teacher), TARGETS, "sfm_collect_targets")
-        refuse_other_rates(
-            args.train_data_path_and_name_and_type
-            + args.valid_data_path_and_name_and_type,
-            teacher_info(teacher).sampling_rate,
+        entries = (
+            args.train_data_path_and_name_and_type,
+            args.valid_data_path_and_name_and_type,
         )
+        command = "sfm_collect_targets"
+        if not args.collect_stats and is_cached(teacher):
+            read_in_training(args, Path(teacher), TARGETS, command)
+        if not args.collect_stats and args.cached_features:
+            refuse_own_cnn(args.model_conf)
+            directory = Path(teacher) / FEATURES
+            read_in_training(args, directory, FEATURES, f"{command} --features")
+            for data in entries:  # in place of the waveforms, which may be gone
+                data[:] = [
+                    (path, "speech" if name == FEATURES else name, kind)
+                    for path, name, kind in data
+                    if name != "speech"
+                ]
+        refuse_other_rates(sum(entries, []), teacher_info(teacher).sampling_rate)
 
     @classmethod
     def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:

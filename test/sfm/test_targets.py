@@ -9,6 +9,7 @@ import soundfile
 import torch
 import yaml
 from espnet2.train.dataset import ESPnetDataset
+from transformers import AutoFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import dldkit
@@ -295,6 +296,17 @@ def test_estimates_the_size_before_it_writes(
     assert "2 layer(s) of 16 values: 11.31 KiB" in caplog.text
     stored = sum(array.nbytes for array in read(cache).values())
     assert 0.9 * size < stored <= size
+    # with 8 channels of the CNN, all of it is known before anything is written
+    both = size + sum(LENGTHS.values()) // 320 * 8 * 2
+    other = tmp_path / "other"
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage(0, 0, both - 1))
+        with pytest.raises(UserError, match="values: .*; .* CNN features of 8 values"):
+            collect_targets(hubert, [1, 2], data_dirs, other, features=True)
+    assert not list(other.rglob("*.ark"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, both))
+    collect_targets(hubert, [1, 2], data_dirs, other, features=True)
+    assert list((other / "features").glob("*.ark"))
 
 
 def test_eight_bits_take_half_the_size(hubert, data_dirs, batch, tmp_path):
@@ -314,6 +326,50 @@ def test_eight_bits_take_half_the_size(hubert, data_dirs, batch, tmp_path):
             assert 0 < (exact - rounded).square().mean() / exact.var() < 1e-3
     with pytest.raises(UserError, match="unknown dtype 'int4': choose float16 or"):
         collect_targets(hubert, [1], data_dirs, tmp_path / "four", dtype="int4")
+
+
+@pytest.mark.parametrize("family", ["hubert", "hubert_stable", "wavlm"])
+def test_features_are_those_of_the_teachers_own_cnn(
+    family, wave_teacher, data_dirs, tmp_path
+):
+    """As transformers' own extractor and CNN give them; beside them lies the CNN."""
+    model, directory = wave_teacher(family)
+    collect_targets(directory, [1], data_dirs, tmp_path / "cache", features=True)
+    extract = AutoFeatureExtractor.from_pretrained(directory)
+    stored = dict(kaldiio.load_scp(f"{tmp_path}/cache/features/features.scp").items())
+    assert sorted(stored) == sorted(LENGTHS)
+    for utt in LENGTHS:
+        file = data_dirs[utt not in "abcde"] / f"{utt}.wav"
+        speech, rate = soundfile.read(file, dtype="float32")
+        heard = extract(speech, sampling_rate=rate, return_tensors="pt").input_values
+        with torch.no_grad():
+            expected = model.feature_extractor(heard)[0].T.numpy()
+        assert stored[utt].dtype == np.float16
+        assert len(stored[utt]) == len(read(tmp_path / "cache")[utt])
+        assert np.allclose(stored[utt], expected, rtol=1e-3, atol=1e-3)
+    ours = open_teacher(tmp_path / "cache", [1]).model.feature_extractor.state_dict()
+    theirs = model.feature_extractor.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_features_join_targets_that_are_there(hubert, data_dirs, tmp_path, parts):
+    cache = tmp_path / "cache"
+    collect_targets(hubert, [2], data_dirs, cache)
+    before = {k: v for k, v in stamps(cache).items() if k.endswith("ark")}
+    collect_targets(hubert, [2], data_dirs, cache, features=True)
+    collect_targets(hubert, [2], data_dirs, cache, features=True)
+    assert parts == [4, 4]
+    assert {k: v for k, v in stamps(cache).items() if k.endswith("ark")} == before
+    collect_targets(hubert, [3], data_dirs[:1], cache)  # and go with them
+    assert not (cache / "features").exists()
+
+
+def test_features_need_a_cnn(whisper_teacher, data_dirs, tmp_path):
+    whisper = whisper_teacher(WhisperEncoder)[1]
+    with pytest.raises(UserError, match="has no CNN on waveforms .*: leave --features"):
+        collect_targets(whisper, [1], data_dirs, tmp_path / "cache", features=True)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_layers_that_are_left_open_are_thirds(hubert, data_dirs, tmp_path):

@@ -22,6 +22,9 @@ from dldkit.sfm.teacher_loss import teacher_loss
 from dldkit.tasks.sfm import SFMDistillTask
 
 RATE = 8000  # of the recordings
+DROPOUT = (
+    "hidden_dropout activation_dropout attention_dropout feat_proj_dropout".split()
+)
 SIZES = dict(
     hidden_size=12,
     intermediate_size=16,
@@ -444,6 +447,16 @@ def test_another_teacher_is_refused(training, teacher, tmp_path, capsys):
     assert not (tmp_path / "exp" / "2epoch.pth").exists()
 
 
+def point_to(data, arguments) -> None:
+    """Let the config of a training name other directories."""
+    file = Path(arguments[1])
+    config = yaml.safe_load(file.read_text())
+    for part, directory in zip(("train", "valid"), data):
+        config[f"{part}_data_path_and_name_and_type"][0][0] = f"{directory}/wav.scp"
+        config[f"{part}_shape_file"] = [f"{directory}/utt2num_samples"]
+    file.write_text(yaml.safe_dump(config))
+
+
 class TestCachedTargets:
     def test_training_reads_them(self, training, corpus, teacher, tmp_path):
         """Until the teacher is gone; its layers are those that were collected."""
@@ -460,6 +473,79 @@ class TestCachedTargets:
         epochs = load(tmp_path / "exp" / "checkpoint.pth")["reporter"]["stats"]
         losses = [epoch["valid"]["loss_layer3"] for epoch in epochs.values()]
         assert losses[2] < losses[0]
+
+    def test_features_in_place_of_audio(self, training, corpus, teacher, tmp_path):
+        """The same training as on audio, when neither it nor the teacher is there."""
+        data = []
+        for part, source in (("train", corpus.train), ("dev", corpus.dev)):
+            cut_data(str(source), str(tmp_path / part), 0.3, RATE, "wav")
+            data.append(tmp_path / part)
+        own = HubertModel.from_pretrained(teacher).feature_extractor.state_dict()
+        copy, cache = tmp_path / "teacher", tmp_path / "cache"
+        shutil.copytree(teacher, copy)
+        collect_targets(copy, [3, 6], data, cache, features=True)
+        conf = dict(cnn_init="teacher", freeze_cnn=True, teacher_layers=[3, 6])
+        still = {**SIZES, **dict.fromkeys(DROPOUT, 0.0)}
+        losses = {}
+        for name in ("audio", "features"):
+            changes: dict = dict(model_conf=dict(conf, teacher=str(copy)))
+            if name == "features":
+                changes["model_conf"]["teacher"] = str(cache)
+                changes.update(cached_features=True, num_workers=1)
+                shutil.rmtree(copy)
+                for wav in tmp_path.rglob("*.wav"):
+                    wav.unlink()
+            exp = tmp_path / name
+            arguments = training(
+                exp, student_conf=still, batch_type="sorted", **changes
+            )
+            point_to(data, arguments)
+            main(arguments)
+            checkpoint = load(exp / "checkpoint.pth")
+            epochs = checkpoint["reporter"]["stats"]
+            losses[name] = [
+                epochs[n][part]["loss"]
+                for n in (1, 2, 3)
+                for part in ("train", "valid")
+            ]
+            for key, value in own.items():
+                ours = checkpoint["model"][f"student.feature_extractor.{key}"]
+                assert torch.equal(ours, value)
+        assert losses["features"] == pytest.approx(losses["audio"], rel=1e-3)
+        assert losses["audio"][-1] < losses["audio"][0]
+        # the teacher hears what the student does
+        loss = teacher_loss(str(tmp_path / "features" / "config.yaml"), str(teacher))
+        assert 0 < loss["loss"] < 1e-4
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            (dict(cnn_init=None), "set model_conf cnn_init: teacher and freeze_cnn"),
+            (dict(freeze_cnn=False), "set model_conf cnn_init: teacher and freeze_cnn"),
+            (dict(normalize=False), "the student has another one: .* leave normalize"),
+            (dict(teacher="targets"), "there is no .*/features.scp: set model_conf"),
+            (dict(teacher="model"), "there is no .*/features.scp: set model_conf"),
+        ],
+        ids=str,
+    )
+    def test_features_of_another_cnn_are_refused(
+        self, training, corpus, teacher, tmp_path, capsys, changes, message
+    ):
+        collect_targets(teacher, [6], [corpus.train, corpus.dev], tmp_path / "targets")
+        both = [corpus.train, corpus.dev], tmp_path / "cache"
+        collect_targets(teacher, [6], *both, features=True)
+        names = dict(targets=tmp_path / "targets", model=teacher)
+        named = names.get(changes.get("teacher"), tmp_path / "cache")
+        conf = {"cnn_init": "teacher", "freeze_cnn": True, **changes}
+        conf["teacher"] = str(named)
+        arguments = training(
+            tmp_path / "exp",
+            model_conf=conf,
+            cached_features=True,
+            collate_fn_conf=dict(max_seconds=9.0, fs=RATE),
+        )
+        last = error_of(arguments, capsys)
+        assert re.search(message, last), last
 
     def test_of_other_audio_are_refused_in_one_line(
         self, training, corpus, teacher, tmp_path, capsys
@@ -495,12 +581,7 @@ def test_the_teacher_s_own_loss(norm, training, corpus, teacher, tmp_path, capsy
         conf["target_norm"] = norm
         exp = tmp_path / f"exp{len(losses)}"
         arguments = training(exp, model_conf=conf, max_epoch=1, batch_type="sorted")
-        file = Path(arguments[1])
-        config = yaml.safe_load(file.read_text())
-        for part, directory in zip(("train", "valid"), data):
-            config[f"{part}_data_path_and_name_and_type"][0][0] = f"{directory}/wav.scp"
-            config[f"{part}_shape_file"] = [f"{directory}/utt2num_samples"]
-        file.write_text(yaml.safe_dump(config))
+        point_to(data, arguments)
         main(arguments)
         losses[name] = teacher_loss(str(exp / "config.yaml"))
     live, cached = losses.values()

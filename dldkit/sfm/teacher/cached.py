@@ -1,17 +1,22 @@
 """Cached targets: hidden states that were written to the disk once."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
 
 import torch
+import transformers
 import yaml
 
 from dldkit.data.frames import collected_from
 from dldkit.errors import UserError
+from dldkit.random_state import untouched_random_numbers
 from dldkit.sfm.data import TARGETS
+from dldkit.sfm.pretrained import load_pretrained
 from dldkit.sfm.teacher.protocol import PathLike, Targets, TeacherInfo
 
 TARGETS_DESCRIPTION = "teacher.yaml"
+CNN = "cnn"  # a directory of Hugging Face, see WaveTeacher.save_cnn
 
 
 def is_cached(path: PathLike) -> bool:
@@ -36,8 +41,19 @@ class CachedTeacher:
                 f"{lacking}: collect them again with all that you want"
             )
         self.path, self.info, self.layers = path, info, layers
+        self.device = device
         self.made_by = _read_description(path)["teacher"]
         self.columns = [info.layers.index(layer) for layer in layers]
+
+    @cached_property
+    def model(self) -> Optional[torch.nn.Module]:
+        """Of the teacher, its CNN alone, if it has one on waveforms."""
+        path = Path(self.path) / CNN
+        if not path.is_dir():
+            return None
+        with untouched_random_numbers():
+            model = load_pretrained(transformers.AutoModel, path, "teacher's CNN")
+        return model.requires_grad_(False).eval().to(self.device)
 
     @staticmethod
     def describe(path: PathLike) -> TeacherInfo:

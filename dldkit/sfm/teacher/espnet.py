@@ -73,7 +73,6 @@ class ESPnetTeacher(LiveTeacher):
         speech: torch.Tensor,
         speech_lengths: torch.Tensor,
         utt_ids: Optional[Sequence[str]],
-        features: Optional[torch.Tensor],
     ) -> Targets:
         """Return the hidden states of all layers, and the valid frames."""
         with outputs_of(self.model.encoder.encoders) as states:

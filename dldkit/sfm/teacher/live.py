@@ -40,7 +40,6 @@ class LiveTeacher(ABC):
         speech: torch.Tensor,
         speech_lengths: torch.Tensor,
         utt_ids: Optional[Sequence[str]],
-        features: Optional[torch.Tensor],
     ) -> Targets:
         """Return the hidden states (Batch, Time, Dim) of all layers, and valid frames.
 
@@ -56,18 +55,12 @@ class LiveTeacher(ABC):
         speech: torch.Tensor,
         speech_lengths: torch.Tensor,
         utt_ids: Optional[Sequence[str]] = None,
-        features: Optional[torch.Tensor] = None,
     ) -> Targets:
-        """Return what `Teacher` promises.
-
-        Args:
-            features: (Batch, Time, Channels) of the teacher's own CNN, where they are
-                known already; only for models with `model.feature_extractor`.
-        """
+        """Return what `Teacher` promises."""
         if next(self.model.parameters()).device != speech.device:
             self.model.to(speech.device)
         lengths = speech_lengths.cpu()  # where they are in training already
-        states, lengths = self.forward(speech, lengths, utt_ids, features)
+        states, lengths = self.forward(speech, lengths, utt_ids)
         longest = int(lengths.max())
         return [states[layer][:, :longest].float() for layer in self.layers], lengths
 

@@ -77,7 +77,8 @@ class Teacher(Protocol):
         """Return float32 (Batch, Time, Dim) for each layer, and valid frames (Batch,).
 
         Args:
-            speech: (Batch, Samples), as it was recorded: the teacher normalises it.
+            speech: (Batch, Samples), as it was recorded: the teacher normalises it. Or
+                what its CNN makes of that (Batch, Time, Channels), where it has one.
             speech_lengths: (Batch,), best on the CPU, where the valid frames are.
             utt_ids: the utterances' names, for messages.
             known: what a family need not compute, see there.

@@ -1,5 +1,6 @@
 """Teachers that take waveforms: HuBERT, WavLM, wav2vec2 and their like."""
 
+import copy
 from typing import Optional, Sequence
 
 import torch
@@ -54,16 +55,32 @@ class WaveTeacher(LiveTeacher):
         speech: torch.Tensor,
         speech_lengths: torch.Tensor,
         utt_ids: Optional[Sequence[str]],
-        features: Optional[torch.Tensor],
     ) -> Targets:
         """Return the hidden states of all layers, and the valid frames."""
+        if speech.dim() == 3:
+            return hidden_states(self.model, speech, speech_lengths), speech_lengths
         lengths = frame_lengths(self.model, speech_lengths)
         if int(lengths.min()) < 1:
             place = int(lengths.argmin())
             samples = int(speech_lengths[place])
             self.refuse(utt_ids, place, samples, "too few, filter it away,")
-        if features is None:
-            if self.info.normalize:
-                speech = normalize_speech(speech, speech_lengths)
-            features = cnn_features(self.model, speech, speech_lengths)
+        features = self.cnn_features(speech, speech_lengths)
         return hidden_states(self.model, features, lengths), lengths
+
+    def cnn_features(
+        self, speech: torch.Tensor, speech_lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the CNN's features (Batch, Time, Channels) of (Batch, Samples)."""
+        if self.info.normalize:
+            speech = normalize_speech(speech, speech_lengths)
+        return cnn_features(self.model, speech, speech_lengths)
+
+    def save_cnn(self, path: PathLike) -> None:
+        """Write the CNN to a directory, as a model of its family without layers."""
+        config = copy.deepcopy(self.model.config)
+        config.num_hidden_layers = 0
+        model = type(self.model)(config)
+        model.feature_extractor.load_state_dict(
+            self.model.feature_extractor.state_dict()
+        )
+        model.save_pretrained(path)

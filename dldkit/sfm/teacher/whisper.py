@@ -51,7 +51,6 @@ class WhisperTeacher(LiveTeacher):
         speech: torch.Tensor,
         speech_lengths: torch.Tensor,
         utt_ids: Optional[Sequence[str]],
-        features: Optional[torch.Tensor],
     ) -> Targets:
         """Return the hidden states of all layers, and the valid frames."""
         lengths = speech_lengths // FRAME

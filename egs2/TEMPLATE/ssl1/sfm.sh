@@ -46,12 +46,13 @@ max_wav_duration=30  # longer ones too (seconds)
 
 ## Teacher
 teacher=  # directory or Hugging Face name of HuBERT, WavLM, wav2vec2 or Whisper; empty: $TEACHER
-targets=live  # live (the teacher runs beside the student) or cached (stage 9 writes what it says)
+targets=live  # live (the teacher runs beside the student), cached (stage 9 writes what it says)
+    # or cached_features (and what its CNN makes of the audio, which training reads in its place)
 targets_dtype=float16  # of cached targets: float16, or int8 at half the size
 
 ## Student
 system=full  # how the student grows: a file of conf/systems_ssl
-    # (full interleave_eql interleave_prop1 stackbert gradstack midas every_depth)
+    # (full interleave_eql interleave_prop1 stackbert gradstack midas every_depth fast)
 sfm_config=conf/train_sfm.yaml  # training config; that of --system is merged over it
 sfm_args=  # more options of sfm_distill_train, e.g. "--max_epoch 20 --model_conf loss=l1_cosine"
 sfm_tag=  # suffix of its experiment directory; empty: made from the settings
@@ -99,6 +100,12 @@ if [ "${targets}" == live ]; then
     no_targets="the teacher runs beside the student"
     targets_from=${teacher}
 fi
+reads_features=false
+feature_option=()
+if [ "${targets}" == cached_features ]; then
+    reads_features=true
+    feature_option=(--features)
+fi
 if [ -z "${sfm_tag}" ]; then
     sfm_tag=${system}$(name_of "${sfm_config}" train_sfm)$(name_of_args "${sfm_args}")${seed:+_seed${seed}}
 fi
@@ -139,7 +146,7 @@ cut_data() { # cut_data SRC DST: what teacher and student hear, in every epoch t
 
 configure() { # write ${sfm_exp}/train.yaml
     write_config "${sfm_exp}" "${sfm_config}" "${system}" \
-        "model_conf.teacher=${targets_from}"
+        "model_conf.teacher=${targets_from}" "cached_features=${reads_features}"
 }
 
 collect_stats() { # lengths alone, as the model takes speech as it is
@@ -243,7 +250,7 @@ if run_stage 9 "${no_targets}" "${skip_train}"; then
     layer_options=()
     if [ -n "${teacher_layers}" ]; then layer_options=(--layers "${teacher_layers}"); fi
     "${python}" -m dldkit.bin.sfm_collect_targets --teacher "${teacher}" \
-        "${layer_options[@]}" \
+        "${layer_options[@]}" "${feature_option[@]}" \
         --data_dirs "${train_dir}" "${valid_dir}" --dtype "${targets_dtype}" \
         --output_dir "${targets_from}" --nj "${nj}" --ngpu $((ngpu > 0)) "${parallel_options[@]}"
 fi
@@ -256,8 +263,11 @@ fi
 
 if run_stage 11 "${skip_train}"; then
     log "Stage 11: Training of ${system}: ${sfm_exp}"
-    if [ "${targets}" == cached ]; then
+    if [ "${targets}" != live ]; then
         stage_needs "${targets_from}/targets.scp" "stage 9"
+    fi
+    if "${reads_features}"; then
+        stage_needs "${targets_from}/features/features.scp" "stage 9"
     fi
     configure
     train_model

@@ -65,7 +65,9 @@ def step_time(exp: Path, measured: dict) -> Optional[float]:
         measured: what bench/step_time.py wrote.
     """
     config = yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
-    if config["model_conf"].get("exits"):
+    usual = yaml.safe_load(Path("conf/train_sfm.yaml").read_text(encoding="utf-8"))
+    cnns = [conf["student_conf"].get("conv_dim") for conf in (config, usual)]
+    if config["model_conf"].get("exits") or cnns[0] != cnns[1]:
         return None  # their steps are not measured
     if config["trainer"] != "stacking":
         depth = config["student_conf"]["num_hidden_layers"]
