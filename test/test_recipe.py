@@ -102,7 +102,7 @@ BAD_SFM = """
 --system nope | there is no nope.yaml .* choose one of every_depth, fast, full
 --targets dead | --targets dead: choose one of live, cached, cached_features
 --targets cached_features | --system full has a CNN of its own: choose --system fast
---system fast --targets cached_features --sfm_args "--model_conf freeze_cnn=0" | fast has
+--system fast --targets cached_features --sfm_args "--model_conf cnn_init=" | fast has
 --probe nope | --probe nope: choose one of probe, superb, none
 --valid_set train | --train_set and --valid_set are both train
 --export_depths 13 | the encoder has 12 layers, so choose depths from 1

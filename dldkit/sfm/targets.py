@@ -49,9 +49,9 @@ def collect_targets(
     """Write a teacher's hidden states of all utterances to Kaldi arks.
 
     They are (Time, Layers, Dim), computed in float32. Its CNN is written beside them,
-    for students that take it over. A finished collection is kept; an
-    interrupted one continues with the parts that are missing. Utterances that are too
-    short to learn from are left out, with a warning, and listed in `too_short`.
+    for students that take it over. A finished collection is kept; an interrupted one
+    continues with the parts that are missing. Utterances that are too short to learn
+    from are left out, with a warning, and listed in `too_short`.
 
     Args:
         teacher, layers: as `open_teacher` takes them, but no cached targets; layers
@@ -146,13 +146,13 @@ def _refuse_small_disk(
     """Log the size of what is not there yet, and refuse it if there is no room."""
     total, messages = 0, []
     for parts, name, arrays, size, bytes_ in wanted:
+        missing = [part for part in parts if not part.is_done]
+        if not missing:
+            continue
         samples = 0
-        for part in parts:
-            if not part.is_done:
-                table, known = tables[part.source], lengths[part.source]
-                samples += sum(
-                    known.get(u) or _samples_of(u, table[u]) for u in part.utts
-                )
+        for part in missing:
+            table, known = tables[part.source], lengths[part.source]
+            samples += sum(known.get(u) or _samples_of(u, table[u]) for u in part.utts)
         needed = samples // FRAME * arrays * size * bytes_
         total += needed
         messages.append(
@@ -167,7 +167,8 @@ def _refuse_small_disk(
             f"{message}, but {output} has {free_size} left: ask for fewer layers, "
             "name another disk, or distil from the teacher itself"
         )
-    logging.info(f"{output}: {message}")
+    if messages:
+        logging.info(f"{output}: {message}")
 
 
 def _lengths(data_dir: PathLike) -> dict[str, int]:

@@ -372,6 +372,7 @@ def test_print_config_shows_our_options(monkeypatch):
     )
     assert {name: config["model_conf"].get(name) for name in ours} == ours
     assert config["student_conf"] == {} and config["collate_fn_conf"] == {}
+    assert config["cached_features"] is False
     assert (config["model"], config["trainer"]) == ("sfm_distill", "resumable")
     assert config["batch_type"] == "sorted"
 
