@@ -7,6 +7,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=["dldkit*"]),
+    package_data={"dldkit.sfm.superb": ["published.yaml"]},
     # constraints.txt holds the versions that were checked together
     install_requires=[
         "torch",

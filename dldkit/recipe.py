@@ -568,6 +568,7 @@ def _check_language_model(options: Mapping[str, str]) -> None:
 
 def _check_superb(options: Mapping[str, str]) -> None:
     from dldkit.sfm.superb.checks import check_tasks
+    from dldkit.sfm.superb.run import fetch_lists
     from dldkit.sfm.superb.tasks import CORPORA
 
     words = _by_name(_words(options, "superb_args"))
@@ -576,7 +577,8 @@ def _check_superb(options: Mapping[str, str]) -> None:
     dscore = given.get("dscore") or os.environ.get("DSCORE")
     rates = _parsed(learning_rates, {"lr": "", **given}, "lr")
     tasks = given.get("tasks", "").split()
-    check_tasks(tasks, corpora, dscore, rates, downloads=_runs(options, 1))
+    tasks, _ = check_tasks(tasks, corpora, dscore, rates, downloads=_runs(options, 1))
+    fetch_lists(tasks, Path(given.get("list_dir", "downloads/superb")))
 
 
 def _runs(options: Mapping[str, str], *stages: int) -> bool:

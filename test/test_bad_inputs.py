@@ -26,7 +26,7 @@ REPORT = (
     "--inference_asr_model %s --output_dir {tmp}/report" % MODEL
 )
 POSTERIORS = "collect_posteriors --output_dir {tmp}/cache"
-SUPERB = "sfm_superb --upstream_dir {bad} --upstream_name a --output_dir {tmp}/s"
+SUPERB = "sfm_superb --upstream {bad} --upstream_name a --output_dir {tmp}/s"
 TRAIN = "asr_train {train} --output_dir {tmp}/new"
 
 BAD = [

@@ -1,5 +1,6 @@
 """Options of the recipes: what can not work is refused before the first stage."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -158,6 +159,27 @@ def test_librispeech_is_scored_where_stage_1_downloads_it():
     status, printed = run_recipe(recipe, *words, LIBRISPEECH="")
     lacking = "--librispeech downloads .*has no SPEAKERS.TXT|SUPERB needs .*install.sh"
     assert status == 1 and re.match(f"error: ({lacking})", printed)
+
+
+def test_what_superb_downloads_is_there_before_the_first_stage(tmp_path, monkeypatch):
+    from dldkit.recipe import check_sfm
+    from dldkit.sfm.superb import checks, tasks
+
+    monkeypatch.chdir(DISTILL)
+    monkeypatch.setattr(checks, "MODULES", ())
+    source = tmp_path / "lexicon.txt"
+    pr = tasks.TASKS["pr"]
+    lists = dict(lists={"lexicon.txt": source.as_uri()}, corpora={"root": "voxceleb1"})
+    monkeypatch.setitem(tasks.TASKS, "pr", dataclasses.replace(pr, **lists))
+    (tmp_path / "dev" / "wav").mkdir(parents=True)
+    options = defaults(ROOT / "egs2/TEMPLATE/ssl1/sfm.sh")
+    words = f"--tasks pr --voxceleb1 {tmp_path} --list_dir {tmp_path}/lists"
+    options.update(teacher="teacher", probe="superb", superb_args=words)
+    with pytest.raises(UserError, match="PR needs file:.*put it at .*lists/lexicon"):
+        check_sfm(options, ROOT / "conf" / "systems_ssl")
+    source.write_text("A AH0\n")
+    check_sfm(options, ROOT / "conf" / "systems_ssl")
+    assert (tmp_path / "lists" / "lexicon.txt").read_text() == "A AH0\n"
 
 
 @pytest.mark.parametrize("shell", ["sh", "dash"])

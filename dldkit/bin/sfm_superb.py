@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run tasks of SUPERB on an exported student with s3prl; print the table row."""
+"""Run tasks of SUPERB on a frozen model with s3prl; print the table row."""
 
 import argparse
 import os
@@ -20,7 +20,13 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     runnable = " ".join(name for name, task in TASKS.items() if task.problem)
-    add("--upstream_dir", required=True, help="HuBERT directory from sfm_export")
+    add(
+        "--upstream",
+        required=True,
+        help="directory from sfm_export or of another Hugging Face model on waveforms, "
+        "name of one (microsoft/wavlm-base-plus), or an upstream of s3prl "
+        "(wavlm_base_plus, distilhubert)",
+    )
     add("--upstream_name", required=True, help="its name in the table")
     add("--output_dir", required=True, help="for the tasks' directories and the table")
     add(
@@ -69,7 +75,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     args = parse(get_parser(), cmd)
     run(
         args.tasks.split(),
-        args.upstream_dir,
+        args.upstream,
         args.output_dir,
         {name: getattr(args, name) for name in CORPORA},
         args.list_dir,

@@ -45,7 +45,7 @@ def parameters_in_use(model: AbsESPnetModel) -> int:
 
 
 @contextmanager
-def _counted() -> Iterator[FlopCounterMode]:
+def counted_operations() -> Iterator[FlopCounterMode]:
     """Count the floating-point operations of what runs in this context."""
     # the counter does not know the CPU's fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -69,7 +69,7 @@ def macs(model: AbsESPnetModel, speech: np.ndarray) -> int:
     batch = torch.as_tensor(speech, dtype=parameter.dtype, device=parameter.device)
     lengths = torch.tensor([len(batch)], device=parameter.device)
     try:
-        with _counted() as counter:
+        with counted_operations() as counter:
             encoded, _ = model.encode(batch[None], lengths)
             if isinstance(encoded, tuple):  # with intermediate CTC outputs
                 encoded = encoded[0]
@@ -90,7 +90,7 @@ def macs_of_leaving(recogniser: Any, speech: np.ndarray, depth: int) -> int:
     Args:
         recogniser: a `Speech2Text` of a model with exits.
     """
-    with recogniser.running(depth), _counted() as counter:
+    with recogniser.running(depth), counted_operations() as counter:
         recogniser(speech, exit_threshold=0.0)
     return counter.get_total_flops() // 2
 

@@ -1,8 +1,6 @@
 """What SUPERB needs is looked for before anything runs."""
 
-import hashlib
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 from typing import Mapping, Optional, Sequence
@@ -36,32 +34,6 @@ def check_environment(tasks: Sequence[str]) -> None:
             "ASV trims silence with the program sox, which is not in PATH: install it "
             "(apt-get install sox, or conda install -c conda-forge sox)"
         )
-
-
-def check_upstream(upstream_dir: Path) -> str:
-    """Return a digest of a Hugging Face HuBERT directory.
-
-    Raises:
-        UserError: it is no such directory.
-    """
-    names = ("config.json", "preprocessor_config.json", "model.safetensors")
-    digest = hashlib.sha256()
-    for name in names:
-        path = Path(upstream_dir) / name
-        if not path.is_file():
-            raise UserError(
-                f"--upstream_dir {upstream_dir}: {name} is not there; export a student "
-                "with python -m dldkit.bin.sfm_export"
-            )
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    config = json.loads((Path(upstream_dir) / "config.json").read_text())
-    if config.get("model_type") != "hubert":
-        raise UserError(
-            f"--upstream_dir {upstream_dir} holds a {config.get('model_type')} model, "
-            "and s3prl's hf_hubert_custom loads HuBERT models only"
-        )
-    return digest.hexdigest()
 
 
 def find_corpora(

@@ -1,14 +1,22 @@
-"""The scores of finished tasks, and the table row that they are."""
+"""The scores of finished tasks, and the tables that they are put in."""
 
 import json
 from pathlib import Path
-from typing import Any, Optional, Union
+from statistics import mean
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import yaml
 
 from dldkit.errors import UserError
 from dldkit.report.tables import markdown
 from dldkit.sfm.superb.tasks import TASKS
+from dldkit.sfm.superb.upstream import SECONDS
+
+COLUMNS = [column for about in TASKS.values() for column in about.columns]
+PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+_ENDS = dict(
+    zip(COLUMNS, zip(PUBLISHED["score"]["zero"], PUBLISHED["score"]["thousand"]))
+)
 
 
 def scores_of(task: str, directory: Path) -> dict[str, float]:
@@ -101,22 +109,116 @@ def collect(output_dir: Union[str, Path], name: str) -> str:
     several learning rates of a task, the one counts that is best on its dev set.
     """
     output_dir = Path(output_dir)
-    row: dict[str, Optional[float]] = {}
+    scores: dict[str, Optional[float]] = dict.fromkeys(COLUMNS)
     notes = []
     for task, about in TASKS.items():
-        row.update(dict.fromkeys(about.columns))
         if found := finished_of(task, output_dir):
             folds = _choose(task, found)
-            scores = [scores_of(task, fold) for fold in folds]
+            results = [scores_of(task, fold) for fold in folds]
             for column in about.columns:
-                row[column] = sum(score[column] for score in scores) / len(scores)
+                scores[column] = sum(each[column] for each in results) / len(results)
             notes += _notes(task, folds, found)
-    cells = ["–" if value is None else f"{value:.2f}" for value in row.values()]
-    table = markdown(" | ".join(["upstream", *row]), [[name, *cells]])
-    table = "\n\n".join([table, *notes])
+    cost = output_dir / "cost" / "cost.json"
+    facts: dict[str, Any] = {"upstream": name}
+    facts |= json.loads(cost.read_text()) if cost.is_file() else {}
+    facts |= {"scores": scores, "notes": notes}
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "superb.md").write_text(table + "\n", encoding="utf-8")
-    facts = {"upstream": name, "scores": row, "notes": notes}
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     (output_dir / "superb.json").write_text(text + "\n", encoding="utf-8")
+    table = _table([facts])
+    (output_dir / "superb.md").write_text(table + "\n", encoding="utf-8")
     return table
+
+
+def collect_all(output_dirs: Sequence[Union[str, Path]]) -> str:
+    """Return one table of several upstreams, with published rows below.
+
+    Args:
+        output_dirs: what `collect` wrote to.
+
+    Raises:
+        UserError: it did not write to one of them.
+    """
+    rows = []
+    for directory in output_dirs:
+        try:
+            text = (Path(directory) / "superb.json").read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{directory} has no superb.json: run python -m dldkit.bin.sfm_superb "
+                f"with it as --output_dir ({error.strerror})"
+            ) from None
+        rows.append({**json.loads(text), "source": str(directory)})
+    published = [
+        {
+            **row,
+            "parameters": 1e6 * row["parameters"],
+            "scores": dict(zip(COLUMNS, row["scores"])),
+        }
+        for row in PUBLISHED["rows"]
+    ]
+    return _table(rows, published)
+
+
+def superb_score(
+    scores: Mapping[str, Optional[float]], tasks: Sequence[str]
+) -> Optional[float]:
+    """Return the SUPERB score over some of its tasks; None if one was not run.
+
+    Each column is scaled linearly, FBANK = 0 and the best model of 2021 = 1000; the
+    score is the mean over the tasks of the mean over their columns. That is how the
+    leaderboard does it, over all tasks.
+    """
+    parts = []
+    for task in tasks:
+        scaled = []
+        for column in TASKS[task].columns:
+            zero, thousand = _ENDS[column]
+            if scores.get(column) is None:
+                return None
+            scaled.append(1000 * (scores[column] - zero) / (thousand - zero))
+        parts.append(mean(scaled))
+    return mean(parts) if parts else None
+
+
+def _table(rows: Sequence[dict], published: Sequence[dict] = ()) -> str:
+    """Render rows, whose score is over the tasks that all of `rows` have."""
+    tasks = [
+        task
+        for task, about in TASKS.items()
+        if all(row["scores"].get(c) is not None for row in rows for c in about.columns)
+    ]
+    names = " ".join(task.upper() for task in tasks)
+    header = ["upstream", "params, M", "GMACs", *COLUMNS, f"SUPERB score ({names}) ↑"]
+    cells = []
+    for row in [*rows, *published]:
+        size, macs = row.get("parameters"), row.get("macs")
+        score = superb_score(row["scores"], tasks)
+        numbers = [
+            _cell(size and size / 1e6, 2),
+            _cell(macs and macs / 1e9, 1),
+            *(_cell(row["scores"].get(column), 2) for column in COLUMNS),
+            _cell(score, 0),
+        ]
+        source = [row["source"]] if published else []
+        cells.append([row["upstream"], *numbers, *source])
+    several = len(rows) > 1
+    notes = [
+        f"{row['upstream']}: {note}" if several else note
+        for row in rows
+        for note in row["notes"]
+    ]
+    notes.append(f"GMACs: of {SECONDS} s of audio, without the downstream models")
+    if tasks:
+        notes.append(
+            f"SUPERB score: over {names}; mean over tasks, FBANK = 0 and the best "
+            f"model of 2021 = 1000 ({PUBLISHED['score']['source']})"
+        )
+    if published:
+        header.append("source")
+        notes += (f"{name}: {place}" for name, place in PUBLISHED["sources"].items())
+    return "\n\n".join([markdown(" | ".join(header), cells), *notes])
+
+
+def _cell(value: Optional[float], digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

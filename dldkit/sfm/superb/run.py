@@ -1,5 +1,6 @@
 """Run SUPERB's tasks with s3prl on a frozen upstream."""
 
+import json
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Mapping, Optional, Sequence, Union
 
 from dldkit.errors import UserError
-from dldkit.sfm.superb.checks import check_tasks, check_upstream
+from dldkit.sfm.superb.checks import check_tasks
 from dldkit.sfm.superb.results import (
     directory_of,
     finished_of,
@@ -22,6 +23,7 @@ from dldkit.sfm.superb.results import (
     scores_of,
 )
 from dldkit.sfm.superb.tasks import TASKS
+from dldkit.sfm.superb.upstream import cost_of, find_upstream
 from dldkit.step import Step, atomic
 
 
@@ -53,7 +55,7 @@ def fetch_lists(tasks: Sequence[str], list_dir: Path) -> None:
 
 def run(
     tasks: Sequence[str],
-    upstream_dir: Union[str, Path],
+    upstream: str,
     output_dir: Union[str, Path],
     corpora: dict[str, Optional[str]],
     list_dir: Union[str, Path],
@@ -66,9 +68,11 @@ def run(
 ) -> None:
     """Train and test SUPERB's downstream models, each in ``output_dir/TASK[/lrRATE]``.
 
-    A finished task is kept, an interrupted one goes on from its last checkpoint.
+    A finished task is kept, an interrupted one goes on from its last checkpoint. What
+    the upstream costs is in ``output_dir/cost``.
 
     Args:
+        upstream: see `find_upstream`.
         tasks, corpora, dscore: see `check_tasks`.
         list_dir: where splits and lexicons lie, or are downloaded to.
         task_args: options of s3prl for all tasks.
@@ -81,11 +85,11 @@ def run(
         UserError: something is missing, s3prl failed, or a task's directory is from
             another upstream or other `task_args`.
     """
-    upstream_dir, output_dir = Path(upstream_dir).resolve(), Path(output_dir)
-    list_dir = Path(list_dir).resolve()
+    output_dir, list_dir = Path(output_dir), Path(list_dir).resolve()
     rates = rates or {}
     tasks, roots = check_tasks(tasks, corpora, dscore, rates)
-    settings = {"upstream": check_upstream(upstream_dir), "args": list(task_args)}
+    model = find_upstream(upstream)
+    settings = {"upstream": model.identity, "args": list(task_args)}
     steps = []
     for task in tasks:
         for directories in finished_of(task, output_dir).values():
@@ -102,6 +106,10 @@ def run(
             _refuse_others(directory, settings, begun["options"])
             steps.append((task, rate, fold, step))
     fetch_lists(tasks, list_dir)
+    with Step(output_dir / "cost", {}, upstream=model.identity) as step:
+        if not step.done:
+            text = json.dumps(cost_of(model))
+            (step.directory / "cost.json").write_text(text + "\n")
 
     for task, rate, fold, step in steps:
         with step:
@@ -114,9 +122,10 @@ def run(
                 "cache_dir": str(list_dir),
                 "device": device,
                 "num_workers": num_workers,
-                "build_upstream.name": "hf_hubert_custom",
-                "build_upstream.path_or_url": str(upstream_dir),
+                "build_upstream.name": model.name,
             }
+            if model.directory is not None:
+                options["build_upstream.path_or_url"] = str(model.directory)
             for option, name in TASKS[task].corpora.items():
                 options[f"prepare_data.{option}"] = str(roots[name])
             if fold is not None:

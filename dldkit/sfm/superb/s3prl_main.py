@@ -17,6 +17,7 @@ import torch
 import torchaudio
 
 from dldkit.sfm.superb.tasks import LEXICONS
+from dldkit.sfm.superb.upstream import s3prl_hub
 
 
 def audio_info(path: Union[str, Path]) -> SimpleNamespace:
@@ -63,6 +64,7 @@ def main() -> None:
     if not hasattr(pandas.Series, "iteritems"):
         pandas.Series.iteritems = pandas.Series.items
 
+    s3prl_hub()
     from s3prl.main import main as s3prl_main
     from s3prl.problem.asr import superb_pr
     from s3prl.problem.common import superb_sid

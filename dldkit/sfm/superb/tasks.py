@@ -130,7 +130,7 @@ TASKS = {
         {"dataset_root": "librispeech"},
         {"ASR WER ↓": ("wer", 100)},
     ),
-    "qbe": Task("", {}, {"QbE MTWV ↑": ("", 1)}),  # s3prl.problem does not have it
+    "qbe": Task("", {}, {"QbE MTWV ×100 ↑": ("", 100)}),  # not in s3prl.problem
     "sf": Task(
         "SuperbSF",
         {"dataset_root": "snips"},

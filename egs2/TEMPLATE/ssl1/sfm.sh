@@ -204,19 +204,19 @@ write_scores() { # ${sfm_exp}/RESULTS.md: a row for the teacher and for each exp
     cat "${sfm_exp}/RESULTS.md"
 }
 
-write_superb() { # ${sfm_exp}/RESULTS.md: a table for each export
-    local dir name options tables=()
+write_superb() { # ${sfm_exp}/RESULTS.md: a row for each export, and published ones
+    local dir name options done=()
     mapfile -t options < <(words "${superb_args}")
     list_exports
     for dir in "${exports[@]}"; do
         stage_needs "${dir}/config.json" "stage 12"
         name=${sfm_tag}${dir#"${sfm_exp}/hf"}
-        "${template}/superb.sh" --upstream_dir "${dir}" --upstream_name "${name}" \
+        "${template}/superb.sh" --upstream "${dir}" --upstream_name "${name}" \
             --expdir "${expdir}" --ngpu $((ngpu > 0)) --python "${python}" "${options[@]}"
-        tables+=("${expdir}/superb_${name}/superb.md")
+        done+=("${expdir}/superb_${name}")
     done
-    # an empty line between two tables
-    awk 'FNR == 1 && NR > 1 { print "" } { print }' "${tables[@]}" >"${sfm_exp}/RESULTS.md"
+    "${python}" -m dldkit.bin.sfm_superb_table "${done[@]}" >"${sfm_exp}/RESULTS.md"
+    cat "${sfm_exp}/RESULTS.md"
 }
 
 #

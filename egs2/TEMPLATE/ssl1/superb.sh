@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Score an exported student on tasks of SUPERB; print one row of SUPERB's table.
+# Score an exported student, or another model, on tasks of SUPERB; print a row of its table.
 #
 #   cd egs2/<corpus>/ssl1
-#   ./superb.sh --upstream_dir exp/sfm_x/hf --tasks "pr ks sid" \
+#   ./superb.sh --upstream exp/sfm_x/hf --tasks "pr ks sid" \
 #       --librispeech /corpora/LibriSpeech --voxceleb1 /corpora/VoxCeleb1 ...
+#   ./superb.sh --upstream microsoft/wavlm-base-plus ...  # or s3prl's wavlm_base_plus
+#   python -m dldkit.bin.sfm_superb_table exp/superb_*  # and published rows
 #
-# s3prl trains and tests a small downstream model for each task on the frozen student,
+# s3prl trains and tests a small downstream model for each task on the frozen model,
 # with SUPERB's settings. It needs the extra "superb": DLDKIT_EXTRAS=espeak,sfm,test,superb
 # tools/install.sh. Corpora are not downloaded: name yours in db.sh, in the environment
 # (LIBRISPEECH=...) or here. The splits and lexicons that s3prl needs besides are, each
@@ -25,8 +27,9 @@ if [ -f ./db.sh ]; then
 fi
 
 ## General
-upstream_dir=  # the student: a Hugging Face HuBERT directory from sfm_export
-upstream_name=  # of the row and of its directory; empty: that of --upstream_dir
+upstream=  # directory from sfm_export or of another Hugging Face model on waveforms, name
+    # of one, or an upstream of s3prl
+upstream_name=  # of the row and of its directory; empty: that of --upstream
 tasks=  # tasks to run, of pr asr ks sid sf ic er asv sd; empty: those whose corpora are named
 task_args=  # s3prl's options for these tasks, e.g. "--train.total_steps 1000"
 lr=  # learning rates by task, e.g. "pr=5e-4,sid=1e-2:1e-3"; empty: those of s3prl
@@ -54,8 +57,11 @@ template=$(dirname "$(readlink -f "$0")")
 # shellcheck source=../asr1/path.sh
 . ./path.sh
 
-[ -n "${upstream_dir}" ] || die "--upstream_dir is empty: name the exported student"
-upstream_name=${upstream_name:-$(basename "$(readlink -f "${upstream_dir}")")}
+[ -n "${upstream}" ] || die "--upstream is empty: name the exported student"
+if [ -z "${upstream_name}" ]; then
+    upstream_name=$(basename "${upstream}")
+    if [ -d "${upstream}" ]; then upstream_name=$(basename "$(readlink -f "${upstream}")"); fi
+fi
 if [ "${ngpu}" == auto ]; then
     ngpu=0
     if nvidia-smi -L >/dev/null 2>&1; then ngpu=1; fi
@@ -64,7 +70,7 @@ device=cpu
 if [ "${ngpu}" -gt 0 ]; then device=cuda; fi
 
 "${python}" -m dldkit.bin.sfm_superb \
-    --upstream_dir "${upstream_dir}" \
+    --upstream "${upstream}" \
     --upstream_name "${upstream_name}" \
     --output_dir "${expdir}/superb_${upstream_name}" \
     --tasks "${tasks}" \

@@ -1,7 +1,5 @@
 """What is asked of the user before anything runs."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from dldkit.sfm.superb import checks
 from dldkit.sfm.superb.checks import (
     check_environment,
     check_tasks,
-    check_upstream,
     find_corpora,
 )
 
@@ -87,14 +84,3 @@ def test_learning_rates_that_can_not_be_chosen_from(
 def test_tasks_that_can_not_be_run_are_refused(task):
     with pytest.raises(UserError, match=f"--tasks {task}: choose from pr ks ic sid"):
         check_environment([task])
-
-
-def test_upstream_must_be_an_exported_student(upstream, tmp_path):
-    with pytest.raises(UserError, match="config.json is not there.*sfm_export"):
-        check_upstream(tmp_path)
-    shutil.copytree(upstream, tmp_path, dirs_exist_ok=True)
-    assert check_upstream(tmp_path) == check_upstream(upstream)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "wavlm"}))
-    with pytest.raises(UserError, match="holds a wavlm model"):
-        check_upstream(tmp_path)

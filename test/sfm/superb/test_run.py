@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from transformers import AutoModel
 
 from dldkit.errors import UserError
-from dldkit.sfm.superb.checks import MODULES, check_upstream
+from dldkit.sfm.superb.checks import MODULES
+from dldkit.sfm.superb.results import collect
 from dldkit.sfm.superb.run import fetch_lists, run
 from dldkit.sfm.superb.tasks import TASKS, Task
+from dldkit.sfm.superb.upstream import find_upstream
 from dldkit.step import Step
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -77,7 +80,7 @@ def test_finished_task_is_kept_and_another_upstream_refused(
     finished(directory, "evaluate/valid_best/test/result.yaml", accuracy=0.5)
     with pytest.raises(UserError, match="ks is from another upstream or other"):
         run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
-    settings = {"upstream": check_upstream(upstream), "args": []}
+    settings = {"upstream": find_upstream(upstream).identity, "args": []}
     for mark in (".done", ".part"):
         (directory / mark).unlink(missing_ok=True)
     with Step(directory, {}, keep=True, **settings):
@@ -101,7 +104,7 @@ def test_keyword_spotting_runs_resumes_and_reports(upstream, speech_commands, tm
     (recipe / "path.sh").symlink_to(template / "asr1" / "path.sh")
 
     def run(*args: object, status: int = 0) -> str:
-        command = ["./superb.sh", "--upstream_dir", upstream, "--tasks", "ks"]
+        command = ["./superb.sh", "--upstream", upstream, "--tasks", "ks"]
         command += ["--upstream_name", "tiny", "--ngpu", "0", "--nj", "0", *args]
         process = subprocess.run(
             [str(word) for word in command],
@@ -135,10 +138,14 @@ def test_keyword_spotting_runs_resumes_and_reports(upstream, speech_commands, tm
     assert optimizer["conf"]["lr"] == 0.001
     (line,) = (line for line in printed.splitlines() if line.startswith("| tiny"))
     row = [cell.strip() for cell in line.strip("| ").split("|")]
+    parameters = sum(
+        p.numel() for p in AutoModel.from_pretrained(upstream).parameters()
+    )
     accuracy = yaml.safe_load(
         (exp / "evaluate" / "valid_best" / "test" / "result.yaml").read_text()
     )["accuracy"]
-    assert row[:3] == ["tiny", "–", f"{100 * accuracy:.2f}"]
+    assert row[3:5] == ["–", f"{100 * accuracy:.2f}"]
+    assert row[:2] == ["tiny", f"{parameters / 1e6:.2f}"]
     log = (exp / "superb.log").read_text()
     assert "step_1 is incomplete, removed" in printed
     assert "train at step 1" in log and "train at step 2" in log
@@ -147,3 +154,22 @@ def test_keyword_spotting_runs_resumes_and_reports(upstream, speech_commands, tm
     run(*args)
     again = (exp / "superb.log").read_text()[len(log) :]
     assert "Loading checkpoints from" in again and "train at step" not in again
+
+
+@NEEDS_S3PRL
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["wavlm", "fbank"])
+def test_other_upstreams_are_trained_on(kind, wave_teacher, speech_commands, tmp_path):
+    """A WavLM of Hugging Face is not taken for a HuBERT; s3prl's need no directory."""
+    upstream = str(wave_teacher(kind)[1]) if kind == "wavlm" else kind
+    train, test = map(str, speech_commands)
+    corpora = {"speech_commands": train, "speech_commands_test": test}
+    steps = "--train.total_steps 1 --train.eval_step 1 --train.save_step 1".split()
+    places = dict(output_dir=tmp_path / "exp", list_dir=tmp_path / "lists")
+    run(["ks"], upstream, corpora=corpora, task_args=steps, num_workers=0, **places)
+    log = (tmp_path / "exp" / "ks" / "superb.log").read_text()
+    assert "of type wavlm to instantiate a model of type hubert" not in log
+    table = collect(tmp_path / "exp", kind)
+    assert "SUPERB score (KS) ↑" in table and "KS: not SUPERB's settings" in table
+    with pytest.raises(UserError, match="ks is from another upstream"):
+        run(["ks"], "mel", corpora=corpora, task_args=steps, **places)
