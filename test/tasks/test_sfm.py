@@ -2,6 +2,7 @@ import io
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,97 @@ def test_a_student_of_every_depth_grows_and_then_draws_depths(
     main(training(tmp_path / "broken", **EVERY_DEPTH))
     torch.set_num_threads(threads)
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")
+
+
+# A training that writes down, after each optimiser step, the layers that ran and all
+# weights.
+RECORDED = """
+import sys, torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from dldkit.bin.sfm_distill_train import main
+from dldkit.depth.layers import GatedModuleList
+torch.set_num_threads(1)
+steps, ran = [], []
+layers_of_step = GatedModuleList.layers_of_step
+def recorded(gates):
+    ran.append(layers_of_step(gates))
+    return ran[-1]
+def write_down(optimizer, *_):
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    steps.append((ran[-1], torch.cat([p.detach().flatten() for p in weights])))
+GatedModuleList.layers_of_step = recorded
+register_optimizer_step_post_hook(write_down)
+main(sys.argv[2:])
+torch.save(steps, sys.argv[1])
+"""
+
+
+@pytest.mark.integration
+def test_two_ranks_grow_as_one_process_does(training, corpus, python, tmp_path):
+    """Two gloo processes train on batches of two and of one utterance.
+
+    All are equally long, and nothing is dropped: so the mean over both ranks is that of
+    one process with batches of three. SGD, since Adam makes a step of rounding errors
+    where a gradient is zero.
+    """
+    data = {}
+    for part, source in (("train", corpus.train), ("valid", corpus.dev)):
+        data[part] = tmp_path / part
+        data[part].mkdir()
+        lines = [line.split()[0] for line in open(source / "wav.scp")]
+        for utt in lines:
+            speech = np.resize(corpus.speech(utt), 2400)
+            soundfile.write(data[part] / f"{utt}.wav", speech, RATE)
+        table = "".join(f"{utt} {data[part]}/{utt}.wav\n" for utt in lines)
+        (data[part] / "wav.scp").write_text(table)
+        lengths = "".join(f"{utt} 2400\n" for utt in lines)
+        (data[part] / "utt2num_samples").write_text(lengths)
+    dropouts = ("hidden", "attention", "activation", "feat_proj")
+    changes = dict(
+        student_conf={**SIZES, **{f"{name}_dropout": 0.0 for name in dropouts}},
+        optim="sgd",
+        optim_conf=dict(lr=0.1, momentum=0.9),
+        unused_parameters=True,
+    )
+    gloo = dict(
+        dist_backend="gloo",
+        dist_world_size=2,
+        dist_init_method=f"file://{tmp_path}/meeting",
+    )
+
+    def arguments(name: str, **more) -> list[str]:
+        words = training(tmp_path / name, **changes, **more)
+        config = yaml.safe_load(Path(words[1]).read_text())
+        for part, directory in data.items():
+            config[f"{part}_data_path_and_name_and_type"][0][0] = f"{directory}/wav.scp"
+            config[f"{part}_shape_file"] = [f"{directory}/utt2num_samples"]
+        Path(words[1]).write_text(yaml.safe_dump(config))
+        return words
+
+    command = arguments("two", **gloo)
+    with ThreadPoolExecutor() as pool:
+        ranks = [
+            pool.submit(
+                python, "-c", RECORDED, f"{tmp_path}/{n}", *command, "--dist_rank", n
+            )
+            for n in (0, 1)
+        ]
+        for rank in ranks:
+            rank.result()
+    python("-c", RECORDED, f"{tmp_path}/alone", *arguments("one"))
+
+    first, second, alone = (load(tmp_path / name) for name in ("0", "1", "alone"))
+    assert [len(layers) for layers, _ in first] == [2] * 4 + [4] * 5
+    for (layers, weights), (others, theirs) in zip(first, second, strict=True):
+        assert layers == others and torch.equal(weights, theirs)
+    for (layers, weights), (others, theirs) in zip(first, alone, strict=True):
+        assert layers == others
+        torch.testing.assert_close(weights, theirs, rtol=1e-3, atol=1e-5)
+    moved = (first[-1][1] - first[0][1]).abs().max()
+    assert moved > 0.01  # what the tolerance is small against
+    epochs = load(tmp_path / "two" / "checkpoint.pth")["reporter"]["stats"]
+    losses = [epoch["valid"]["loss"] for epoch in epochs.values()]
+    assert losses[2] < losses[0]
 
 
 def test_print_config_shows_our_options(monkeypatch):
