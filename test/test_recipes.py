@@ -779,6 +779,61 @@ def test_every_distillation_config_builds_its_student(
     assert built["scheduler_conf"] == dict(name="linear", warmup_ratio=0.07)
 
 
+# The mean depth of the steps of each of two epochs of ten steps: stages of 5 steps, or
+# of 2, 4, 6 and 8; every_depth draws depths in the last one.
+MEAN_DEPTHS = dict(full=(12, 12), interleave_prop1=(6.6, 11.4), every_depth=(6.6, None))
+EQUAL_STAGES = (4.5, 10.5)
+
+
+@pytest.mark.parametrize("system", SSL_SYSTEMS, ids=lambda path: path.stem)
+def test_every_config_of_the_paper_takes_steps(system, tmp_path, capsys, monkeypatch):
+    """Twenty steps of its own batches, at each depth; the layers alone are narrow."""
+    from dldkit.bin import merge_config, sfm_distill_train
+    from dldkit.sfm.model import SFMDistillModel
+
+    monkeypatch.chdir(tmp_path)
+    write_teacher("teacher", layers=12)
+    config = ROOT / "egs2" / "librispeech" / "ssl1" / "conf" / "train_sfm.yaml"
+    small = {**TINY_STUDENT, "num_hidden_layers": 12}
+    words = [f"student_conf.{name}={value}" for name, value in small.items()]
+    merge_config.main([str(config), str(system), "model_conf.teacher=teacher", *words])
+    Path("train.yaml").write_text(capsys.readouterr().out)
+    own = yaml.safe_load(Path("train.yaml").read_text())
+    rng = np.random.default_rng(0)
+    lengths = [1600 + 80 * (number % 4) for number in range(own["batch_size"])]
+    for number, length in enumerate(lengths):
+        soundfile.write(f"{number}.wav", 0.1 * rng.standard_normal(length), 16000)
+    table = "".join(f"{number} {number}.wav\n" for number in range(len(lengths)))
+    Path("wav.scp").write_text(table)
+    shapes = "".join(f"{number} {length}\n" for number, length in enumerate(lengths))
+    Path("speech_shape").write_text(shapes)
+    heard, forward = [], SFMDistillModel.forward
+
+    def recorded(model, speech, *args, **kwargs):
+        if model.training:
+            heard.append(len(speech))
+        return forward(model, speech, *args, **kwargs)
+
+    monkeypatch.setattr(SFMDistillModel, "forward", recorded)
+    command = "--config train.yaml --output_dir out --num_iters_per_epoch 10"
+    command += " --max_epoch 2 --num_workers 0 --ngpu 0"
+    for part in ("train", "valid"):
+        command += f" --{part}_data_path_and_name_and_type wav.scp,speech,sound"
+        command += f" --{part}_shape_file speech_shape"
+    sfm_distill_train.main(command.split())
+
+    assert own["batch_size"] == 64 and heard == [64] * 20
+    checkpoint = torch.load("out/checkpoint.pth", weights_only=True)
+    assert checkpoint["optimizers"][0]["param_groups"][0]["lr"] == 0
+    epochs = checkpoint["reporter"]["stats"]
+    losses = [epochs[n][part]["loss"] for n in epochs for part in ("train", "valid")]
+    assert np.isfinite(losses).all()
+    assert epochs[2]["valid"]["depth"] == 12
+    for epoch, depth in enumerate(MEAN_DEPTHS.get(system.stem, EQUAL_STAGES), 1):
+        if depth is not None:
+            assert epochs[epoch]["train"]["depth"] == pytest.approx(depth)
+
+
 @pytest.mark.parametrize(
     "words, complaint",
     [

@@ -165,7 +165,7 @@ def superb_score(
 ) -> Optional[float]:
     """Return the SUPERB score over some of its tasks; None if one was not run.
 
-    Each column is scaled linearly, FBANK = 0 and the best model of 2021 = 1000; the
+    Each column is scaled linearly, FBANK = 0 and the best of 2021 = 1000; the
     score is the mean over the tasks of the mean over their columns. That is how the
     leaderboard does it, over all tasks.
     """
@@ -212,7 +212,7 @@ def _table(rows: Sequence[dict], published: Sequence[dict] = ()) -> str:
     if tasks:
         notes.append(
             f"SUPERB score: over {names}; mean over tasks, FBANK = 0 and the best "
-            f"model of 2021 = 1000 ({PUBLISHED['score']['source']})"
+            f"of 2021 in each column = 1000 ({PUBLISHED['score']['source']})"
         )
     if published:
         header.append("source")
