@@ -567,8 +567,7 @@ def _check_language_model(options: Mapping[str, str]) -> None:
 
 
 def _check_superb(options: Mapping[str, str]) -> None:
-    from dldkit.sfm.superb.checks import check_tasks
-    from dldkit.sfm.superb.run import fetch_lists
+    from dldkit.sfm.superb.checks import check_tasks, fetch_lists
     from dldkit.sfm.superb.tasks import CORPORA
 
     words = _by_name(_words(options, "superb_args"))

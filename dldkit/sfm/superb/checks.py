@@ -1,13 +1,17 @@
-"""What SUPERB needs is looked for before anything runs."""
+"""What SUPERB needs is looked for, or downloaded, before anything runs."""
 
 import importlib.util
+import logging
 import shutil
+import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Mapping, Optional, Sequence
 
 from dldkit.data.corpus import DOWNLOADS
 from dldkit.errors import UserError
 from dldkit.sfm.superb.tasks import CORPORA, TASKS
+from dldkit.step import atomic
 
 INSTALL = (
     "DLDKIT_EXTRAS=espeak,sfm,test,superb tools/install.sh, or pip install "
@@ -113,3 +117,29 @@ def check_tasks(
             "name that directory"
         )
     return tasks, found
+
+
+def fetch_lists(tasks: Sequence[str], list_dir: Path) -> None:
+    """Download the splits and lexicons that the tasks need; files there are kept.
+
+    Raises:
+        UserError: one can not be downloaded.
+    """
+    list_dir.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        for name, url in (TASKS[task].lists or {}).items():
+            path = list_dir / name
+            if path.is_file():
+                continue
+            logging.info(f"{task}: downloading {url} to {path}")
+            try:
+                with (
+                    urllib.request.urlopen(url, timeout=60) as response,
+                    atomic(path) as part,
+                ):
+                    part.write_bytes(response.read())
+            except (OSError, HTTPException) as error:
+                raise UserError(
+                    f"{task.upper()} needs {url}, which can not be downloaded "
+                    f"({error}): fetch it elsewhere, and put it at {path}"
+                ) from error

@@ -8,14 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import urllib.request
-from http.client import HTTPException
 from itertools import product
 from pathlib import Path
 from typing import Mapping, Optional, Sequence, Union
 
 from dldkit.errors import UserError
-from dldkit.sfm.superb.checks import check_tasks
+from dldkit.sfm.superb.checks import check_tasks, fetch_lists
 from dldkit.sfm.superb.results import (
     directory_of,
     finished_of,
@@ -24,33 +22,7 @@ from dldkit.sfm.superb.results import (
 )
 from dldkit.sfm.superb.tasks import TASKS
 from dldkit.sfm.superb.upstream import cost_of, find_upstream
-from dldkit.step import Step, atomic
-
-
-def fetch_lists(tasks: Sequence[str], list_dir: Path) -> None:
-    """Download the splits and lexicons that the tasks need; files there are kept.
-
-    Raises:
-        UserError: one can not be downloaded.
-    """
-    list_dir.mkdir(parents=True, exist_ok=True)
-    for task in tasks:
-        for name, url in (TASKS[task].lists or {}).items():
-            path = list_dir / name
-            if path.is_file():
-                continue
-            logging.info(f"{task}: downloading {url} to {path}")
-            try:
-                with (
-                    urllib.request.urlopen(url, timeout=60) as response,
-                    atomic(path) as part,
-                ):
-                    part.write_bytes(response.read())
-            except (OSError, HTTPException) as error:
-                raise UserError(
-                    f"{task.upper()} needs {url}, which can not be downloaded "
-                    f"({error}): fetch it elsewhere, and put it at {path}"
-                ) from error
+from dldkit.step import Step
 
 
 def run(

@@ -11,8 +11,10 @@ from dldkit.sfm.superb import checks
 from dldkit.sfm.superb.checks import (
     check_environment,
     check_tasks,
+    fetch_lists,
     find_corpora,
 )
+from dldkit.sfm.superb.tasks import TASKS, Task
 
 
 def test_missing_corpus_is_named_with_its_source():
@@ -84,3 +86,25 @@ def test_learning_rates_that_can_not_be_chosen_from(
 def test_tasks_that_can_not_be_run_are_refused(task):
     with pytest.raises(UserError, match=f"--tasks {task}: choose from pr ks ic sid"):
         check_environment([task])
+
+
+def test_list_that_can_not_be_downloaded_is_named(tmp_path, monkeypatch):
+    url = (tmp_path / "nothing.txt").as_uri()
+    task = Task("SuperbSID", {}, {}, lists={"kept.txt": url, "split.txt": url})
+    monkeypatch.setitem(TASKS, "sid", task)
+    (tmp_path / "kept.txt").write_text("1 a\n")
+    with pytest.raises(UserError, match=f"{url}.*put it at {tmp_path / 'split.txt'}"):
+        fetch_lists(["sid"], tmp_path)
+    assert (tmp_path / "kept.txt").read_text() == "1 a\n"
+
+
+def test_list_is_downloaded_once(tmp_path, monkeypatch):
+    source = tmp_path / "source.txt"
+    source.write_text("1 a\n")
+    task = Task("SuperbSID", {}, {}, lists={"split.txt": source.as_uri()})
+    monkeypatch.setitem(TASKS, "sid", task)
+    fetch_lists(["sid"], tmp_path / "lists")
+    source.unlink()
+    fetch_lists(["sid"], tmp_path / "lists")
+    assert [p.name for p in (tmp_path / "lists").iterdir()] == ["split.txt"]
+    assert (tmp_path / "lists" / "split.txt").read_text() == "1 a\n"

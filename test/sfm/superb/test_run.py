@@ -15,8 +15,7 @@ from transformers import AutoModel
 from dldkit.errors import UserError
 from dldkit.sfm.superb.checks import MODULES
 from dldkit.sfm.superb.results import collect
-from dldkit.sfm.superb.run import fetch_lists, run
-from dldkit.sfm.superb.tasks import TASKS, Task
+from dldkit.sfm.superb.run import run
 from dldkit.sfm.superb.upstream import find_upstream
 from dldkit.step import Step
 
@@ -46,28 +45,6 @@ def speech_commands(tmp_path_factory) -> tuple[Path, Path]:
     write(root / "train" / "_background_noise_" / "noise.wav", 2.5)
     write(root / "test" / "_silence_" / "0.wav", 0.3)
     return root / "train", root / "test"
-
-
-def test_list_that_can_not_be_downloaded_is_named(tmp_path, monkeypatch):
-    url = (tmp_path / "nothing.txt").as_uri()
-    task = Task("SuperbSID", {}, {}, lists={"kept.txt": url, "split.txt": url})
-    monkeypatch.setitem(TASKS, "sid", task)
-    (tmp_path / "kept.txt").write_text("1 a\n")
-    with pytest.raises(UserError, match=f"{url}.*put it at {tmp_path / 'split.txt'}"):
-        fetch_lists(["sid"], tmp_path)
-    assert (tmp_path / "kept.txt").read_text() == "1 a\n"
-
-
-def test_list_is_downloaded_once(tmp_path, monkeypatch):
-    source = tmp_path / "source.txt"
-    source.write_text("1 a\n")
-    task = Task("SuperbSID", {}, {}, lists={"split.txt": source.as_uri()})
-    monkeypatch.setitem(TASKS, "sid", task)
-    fetch_lists(["sid"], tmp_path / "lists")
-    source.unlink()
-    fetch_lists(["sid"], tmp_path / "lists")
-    assert [p.name for p in (tmp_path / "lists").iterdir()] == ["split.txt"]
-    assert (tmp_path / "lists" / "split.txt").read_text() == "1 a\n"
 
 
 @NEEDS_S3PRL
