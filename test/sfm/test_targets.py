@@ -179,6 +179,7 @@ def test_training_is_refused_without_all_targets(hubert, data_dirs, tmp_path, pa
     args = argparse.Namespace(
         model_conf=dict(teacher=str(cache)),
         collect_stats=False,
+        cached_features=False,
         multiple_iterator=False,
         train_data_path_and_name_and_type=train,
         valid_data_path_and_name_and_type=dev,
