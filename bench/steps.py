@@ -5,7 +5,8 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+from dldkit.report.cost import counted_operations
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -25,8 +26,7 @@ def training_step(
 
 def macs(run: Callable[[], Any]) -> int:
     """Count the multiply-accumulates of matrix products and convolutions."""
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with counted_operations() as counter:
         run()
     return counter.get_total_flops() // 2
 
