@@ -207,7 +207,7 @@ def build_systems(args: argparse.Namespace, directory: Path) -> dict[str, System
         if source:
             if source not in references:
                 raise UserError(f"{name}: write {system}:live, :cached or :self")
-            configs.append(f"model_conf.reference={references[source]}")
+            configs += [f"model_conf.reference={references[source]}", "init_param=[]"]
         model = build(merge_configs(configs), args.vocab_size, directory / name)
         systems[name] = System(
             model.to(args.device), batches.get(source, batch), args.draws

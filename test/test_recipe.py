@@ -50,7 +50,7 @@ BAD_ASR = """
 --nj 0 | --nj 0: write an integer of at least 1
 --ngpu many | --ngpu many: write an integer of at least 0, or auto
 --seed x | --seed x: write an integer of at least 0, or nothing
---system nope | there is no nope.yaml .* choose one of anytime, anytime_staged, dld
+--system nope | there is no nope.yaml .* choose one of anytime, dld
 --valid_set train_nodev | --train_set and --valid_set are both train_nodev
 --train_set "" | --train_set "": name a directory of data/
 --train_set data/train | --train_set "data/train": name a directory
@@ -328,7 +328,6 @@ def test_validation_is_at_full_half_and_the_smallest_depth(
         ("dld_paper", "true"),
         ("nested", "true"),
         ("anytime", "true"),
-        ("anytime_staged", "true"),
         ("rd", "false"),
         ("static", "false"),
         ("early_exit", "false"),
@@ -349,7 +348,7 @@ def test_a_system_of_the_recipe_s_own(check):
 
 @pytest.mark.parametrize(
     "system, reference",
-    [("anytime_staged", "early_exit"), ("anytime", "static"), ("dld", "static")],
+    [("anytime", "early_exit"), ("nested", "static"), ("dld", "static")],
 )
 def test_a_student_that_begins_with_exits_has_a_reference_with_exits(
     check, system, reference

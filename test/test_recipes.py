@@ -60,7 +60,7 @@ def write_pretrained(directory, kind, layers):
 
 PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
 # to a reference
-PULLED = ("dld_paper", "dld", "nested", "anytime", "anytime_staged")
+PULLED = ("dld_paper", "dld", "nested", "anytime")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     parts = [str(part) for part in parts]
     if system.stem in PULLED:
         parts.append("model_conf.reference=exp/asr_static")
-    if system.stem == "anytime_staged":
+    if system.stem == "anytime":
         parts.append("init_param=[]")
     if kind:
         layers = yaml.safe_load(config.read_text())["encoder_conf"]["num_blocks"]
@@ -109,7 +109,7 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     if ours:
         reference = built["model_conf"]["reference"]
         assert reference == ("exp/asr_static" if system.stem in PULLED else None)
-    exits = ("early_exit", "anytime", "anytime_staged")
+    exits = ("early_exit", "anytime")
     assert bool(encoder.get("exits")) == (system.stem in exits)
     prefix = ("nested", *exits)
     choice = dict.fromkeys(prefix, "prefix") | dict(dld="even", rd="even")
@@ -317,7 +317,7 @@ class An4:
         self.exp = root / "another disk" / "exp"
         self.dump = self.recipe / "my dump"
         self.student = self.exp / "asr_anytime_raw_char"
-        self.static = self.exp / "asr_static_raw_char"
+        self.reference = self.exp / "asr_early_exit_raw_char"
         self.printed = self.run()
 
     def run(self, *words, **options):
@@ -353,7 +353,7 @@ def test_all_stages_of_mini_an4(an4):
     )  # progress of the trainings is seen
     for no_news in ("WARNING", "Warning", "flash_attn"):
         assert no_news not in an4.printed
-    decoded_at = {an4.static: [4], an4.student: [4, 3, 2, 1]}
+    decoded_at = {an4.reference: [4], an4.student: [4, 3, 2, 1]}
     for exp, depths in decoded_at.items():
         model = exp / "valid.loss_ctc.ave.pth"
         assert model.exists()
@@ -362,8 +362,9 @@ def test_all_stages_of_mini_an4(an4):
                 decoded = exp / "decode_valid.loss_ctc.ave" / f"depth{depth}"
                 assert len((decoded / test_set / "text").open().readlines()) == size
     config = yaml.safe_load((an4.student / "config.yaml").read_text())
-    reference = f"{an4.static}/valid.loss_ctc.ave.pth"
+    reference = f"{an4.reference}/valid.loss_ctc.ave.pth"
     assert config["model_conf"]["reference"] == reference
+    assert config["init_param"] == [reference]
     assert config["frontend_conf"]["fs"] == 16000
     assert list(an4.student.glob("*.profile.pth"))
 
@@ -457,7 +458,7 @@ def test_a_pack_names_nothing_outside(an4):
     names = set(packed.namelist())
     assert {"train.yaml", "RESULTS.md", "images/loss.png"} <= names
     assert "valid.loss_ctc.ave.profile.pth" in names
-    assert not [n for n in names if "static" in n or n.startswith("/") or ".." in n]
+    assert not [n for n in names if "early" in n or n.startswith("/") or ".." in n]
     meta = yaml.safe_load(packed.read("meta.yaml"))
     assert set(meta["files"].values()) | set(meta["yaml_files"].values()) <= names
     assert meta["dldkit"] and meta["install"].startswith("pip install dldkit")
@@ -511,7 +512,7 @@ def test_systems_without_a_reference_and_references_that_exist(an4):
 
 def test_a_student_begins_with_the_weights_of_its_reference(an4):
     """A learning rate of zero leaves them, and early exit trained them."""
-    words = ["--system", "anytime_staged", "--stage", 6, "--stop_stage", 11]
+    words = ["--system", "anytime", "--stage", 6, "--stop_stage", 11]
     words += ["--skip_stages", 8, "--reference_tag", "exits", "--asr_tag", "begins"]
     words += ["--reference_args", "--max_epoch 1"]
     an4.run(*words, "--asr_args", "--max_epoch 1 --optim_conf lr=0")
@@ -627,14 +628,13 @@ def test_all_stages_with_a_pretrained_encoder(an4, tmp_path):
     anytime = "asr_anytime_train_asr_wavlm_raw_char"
     assert depths_of(anytime) == {4, 2, 1}
     shutil.rmtree(pretrained)
-    static = exp / "asr_static_train_asr_wavlm_raw_char"
-    words += ["--stage", 5, "--start_from", static, "--asr_tag", "started"]
+    reference = exp / "asr_early_exit_train_asr_wavlm_raw_char"
+    words += ["--stage", 5, "--start_from", reference, "--asr_tag", "started"]
     an4.run(*words)
     config = yaml.safe_load((exp / "asr_started" / "config.yaml").read_text())
     assert config["encoder"] == "ld_hf" and config["encoder_conf"]["exits"] == 2
-    checkpoint = (
-        exp / "asr_from_static_train_asr_wavlm_raw_char" / "valid.loss_ctc.ave.pth"
-    )
+    started = exp / "asr_from_early_exit_train_asr_wavlm_raw_char"
+    checkpoint = started / "valid.loss_ctc.ave.pth"
     assert config["init_param"] == [str(checkpoint)]
     assert depths_of("asr_started") == {4, 2, 1}
 

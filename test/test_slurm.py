@@ -54,7 +54,7 @@ def test_workers_are_jobs_of_slurm(recipe):
     for name, size in (("train_nodev", 4), ("train_dev", 2), ("test", 2)):
         text = recipe / "dump" / "raw" / name / "wav.scp"
         assert len(text.read_text().splitlines()) == size
-    (exp,) = recipe.glob("exp/asr_static_*")
+    (exp,) = recipe.glob("exp/asr_early_exit_*")
     for name in ("train_dev", "test"):
         text = exp / "decode_valid.loss_ctc.ave" / "depth4" / name / "text"
         assert len(text.read_text().splitlines()) == 2

@@ -33,7 +33,7 @@ LEGEND = (
     "that depth, or a smaller one where that is better; models that lack a seed are "
     "left out where another one has all. Arithmetic: of the forwards in training, the "
     "deepest static model's being 1. The last column adds the training of the "
-    "reference: early exit for anytime_staged, the deepest static model for others."
+    "reference: early exit for anytime, the deepest static model for others."
 )
 
 

@@ -101,8 +101,8 @@ def start(model, recipe, system="anytime"):
     where = ["--asr_config", "train.yaml", "--outpath", str(outpath)]
     start_from.main([str(model), *where])
     parts = [outpath.with_name("student.yaml"), ROOT / f"conf/systems/{system}.yaml"]
-    reference = f"model_conf.reference={outpath}"
-    return outpath, merge_config.merge_configs([*map(str, parts), reference])
+    settings = [f"model_conf.reference={outpath}", "init_param=[]"]
+    return outpath, merge_config.merge_configs([*map(str, parts), *settings])
 
 
 def train_command(corpus, config, outpath):

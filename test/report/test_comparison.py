@@ -241,8 +241,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         "system, reference",
         [
-            ("anytime_staged", "early_exit"),
-            ("anytime", "static12"),
+            ("anytime", "early_exit"),
+            ("nested", "static12"),
             ("early_exit", ""),
             ("rd", ""),
             ("static2", ""),

@@ -62,7 +62,7 @@ nlsyms_txt=none  # file of symbols that stay one token each
 ## Reference model
 reference=  # an existing one: experiment directory, checkpoint, packed zip or posteriors
 reference_system=  # what to train it as: a file of conf/systems; empty: early_exit where the
-    # student begins with its weights (anytime_staged), else static
+    # student begins with its weights (anytime), else static
 reference_config=  # training config; empty: that of --asr_config
 reference_args=  # more options of asr_train for the reference, e.g. "--max_epoch 20"
 reference_tag=  # suffix of its experiment directory; empty: made from the settings

@@ -8,6 +8,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 tests="test_seen test_seen_20db test_seen_10db test_unseen test_unseen_10db"
 ../../TEMPLATE/asr1/compare.sh --asr_config conf/train_asr_whisper.yaml --epochs 3 \
-    --systems "static4 static3 static2 static1 anytime_each" --depths "4 3 2 1" \
+    --systems "static4 static3 static2 static1 early_exit anytime_each" --depths "4 3 2 1" \
     --budgets steps --dumpdir dump/16k --expdir exp/whisper --results results_whisper \
     --run_opts "--test_sets '${tests}' --fs 16k --feats_normalize none" "$@"
