@@ -11,7 +11,7 @@ from dldkit.depth.sampler import build_sampler
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 from dldkit.sfm.loss import HiddenStateLoss, trim
-from dldkit.sfm.student import build_student
+from dldkit.sfm.student import build_student, copy_layers
 from dldkit.sfm.teacher.cached import CachedTeacher
 from dldkit.sfm.teacher.opening import open_teacher
 from dldkit.sfm.teacher.protocol import Teacher
@@ -49,6 +49,8 @@ class SFMDistillModel(AbsESPnetModel):
         student_layers: the same for the depths that it names, as {3: [1, 2, 3],
             6: [2, 4, 6]}; with `copies`, training fills it in.
         cnn_init: `teacher` copies the weights of its CNN front end; null = random.
+        layer_init: teacher layers, from 1, whose weights the student's first layers
+            begin with, one each; null = random.
         freeze_cnn: keep the CNN front end as it is.
         depth_sampler: how many layers a training step runs: `full` | `bernoulli` |
             `uniform` | the weight of each depth, as {12: 2, 6: 1, 3: 1}.
@@ -89,6 +91,7 @@ class SFMDistillModel(AbsESPnetModel):
         normalize: Optional[bool] = None,
         target_norm: str = "none",
         carried_by: str = "position",
+        layer_init: Optional[Sequence[int]] = None,
     ):
         super().__init__()
         if cnn_init not in (None, "teacher"):
@@ -99,10 +102,15 @@ class SFMDistillModel(AbsESPnetModel):
             )
         sampler = build_sampler(depth_sampler, keep_prob, min_depth, layer_choice)
         self.student = build_student(student_conf, sampler)
+        self.layer_init = list(layer_init or ())
+        num_layers = self.student.config.num_hidden_layers
+        if len(self.layer_init) > num_layers or any(n < 1 for n in self.layer_init):
+            raise UserError(
+                f"layer_init {self.layer_init}: list teacher layers from 1, for "
+                f"{num_layers} layers of the student at most"
+            )
         self.selector = layer_choice if layer_choice in SELECTORS else "even"
-        self.exits = depths_of_exits(
-            exits, self.student.config.num_hidden_layers, layer_choice
-        )
+        self.exits = depths_of_exits(exits, num_layers, layer_choice)
 
         def new_loss() -> HiddenStateLoss:
             return HiddenStateLoss(
@@ -131,10 +139,9 @@ class SFMDistillModel(AbsESPnetModel):
         # without it.
         self._teacher: Optional[Teacher] = None
         self._shares_cnn = False
-        self._cnn_is_loaded = False
-        self.student.feature_extractor.register_load_state_dict_post_hook(
-            self._remember_loading
-        )
+        self._loaded: set[torch.nn.Module] = set()
+        for part in (self.student.feature_extractor, self.student.encoder.layers):
+            part.register_load_state_dict_post_hook(self._remember_loading)
 
     def forward(
         self,
@@ -238,23 +245,42 @@ class SFMDistillModel(AbsESPnetModel):
         return {"feats": speech, "feats_lengths": speech_lengths}
 
     def open_teacher(self, device: torch.device) -> Teacher:
-        """Open the teacher at its first use, and take over its CNN if that is asked.
+        """Open the teacher at its first use, and take over the weights that are asked.
 
         Raises:
-            UserError: when it can not be loaded, or its CNN does not fit.
+            UserError: when it can not be loaded, or its weights do not fit.
         """
         if self._teacher is None:
             self._teacher = open_teacher(
                 self.teacher_path, self.loss.teacher_layers, device
             )
-            if self.cnn_init == "teacher" and not self._cnn_is_loaded:
+            loaded = self._loaded
+            if self.layer_init and self.student.encoder.layers not in loaded:
+                self._copy_layers()
+            if self.cnn_init == "teacher" and (
+                self.student.feature_extractor not in loaded
+            ):
                 self._copy_cnn()
             self._shares_cnn = self.freeze_cnn and self._has_the_teachers_cnn()
         return self._teacher
 
-    def _remember_loading(self, cnn: torch.nn.Module, _: Any) -> None:
-        """Know a CNN that was resumed or initialised: it is not the teacher's turn."""
-        self._cnn_is_loaded = True
+    def _remember_loading(self, part: torch.nn.Module, _: Any) -> None:
+        """Know what was resumed or initialised: it is not the teacher's turn."""
+        self._loaded.add(part)
+
+    def _copy_layers(self) -> None:
+        path = self.teacher_path
+        if isinstance(self._teacher, CachedTeacher):  # targets have no weights
+            path = self._teacher.made_by
+        try:
+            # once more, as deep as is needed here
+            opened = open_teacher(path, [max(self.layer_init)])
+            copy_layers(self.student, opened.model, self.layer_init)
+        except UserError as error:
+            raise UserError(
+                f"layer_init {self.layer_init}: the weights of {path}: {error}. Or "
+                "leave layer_init out"
+            ) from error
 
     def _copy_cnn(self) -> None:
         cnn = _cnn(self._teacher)

@@ -100,3 +100,21 @@ def follow_copies(
     )
     logging.info(f"the student's layers that carry the teacher's, by depth: {layers}")
     return {**model_conf, "student_layers": layers}
+
+
+def refuse_lost_layers(
+    model_conf: dict[str, Any], trainer: str, trainer_conf: dict[str, Any]
+) -> None:
+    """Refuse `layer_init` for layers that growth makes of others.
+
+    Raises:
+        UserError: saying how many layers there are at first.
+    """
+    layers = model_conf.get("layer_init") or ()
+    depths = (get_default_kwargs(Stacking) | trainer_conf).get("depths")
+    if trainer == "stacking" and len(layers) > depths[0]:
+        raise UserError(
+            f"model_conf layer_init {list(layers)}: the student begins with "
+            f"{depths[0]} layers (trainer_conf depths), and later ones are copies of "
+            f"them: list {depths[0]} at most"
+        )

@@ -23,6 +23,7 @@ from dldkit.sfm.options import (
     complete,
     follow_copies,
     named_teacher,
+    refuse_lost_layers,
     refuse_own_cnn,
 )
 from dldkit.sfm.teacher.cached import is_cached
@@ -135,6 +136,7 @@ class SFMDistillTask(TrainerChoice, AbsTask):
         args.model_conf = follow_copies(
             complete(args.model_conf), args.trainer, args.trainer_conf
         )
+        refuse_lost_layers(args.model_conf, args.trainer, args.trainer_conf)
         try:
             return model_choices.get_class(args.model)(
                 student_conf=args.student_conf, **args.model_conf

@@ -14,6 +14,7 @@ from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.teacher.opening import open_teacher
 from dldkit.sfm.wave import normalize_speech
 
+STABLE = dict(do_stable_layer_norm=True, feat_extract_norm="layer")
 NO_DROPOUT = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0)
 
 
@@ -237,6 +238,8 @@ def test_refuses_student_layers_that_do_not_fit(make, layers):
         (dict(depth_sampler="half"), "unknown depth_sampler 'half'"),
         (dict(depth_sampler="uniform", min_depth=5), "min_depth 5"),
         (dict(teacher_layers=[3, 1]), "ascending"),
+        (dict(layer_init=[0, 1]), "layer_init .*list teacher layers from 1"),
+        (dict(layer_init=[1] * 5), "layer_init .*for 4 layers of the student at most"),
     ],
     ids=str,
 )
@@ -520,3 +523,112 @@ def test_trains_on_the_gpu_in_half_precision(make, wave_teacher, batch, freeze_c
     assert loss.item() == pytest.approx(expected.item(), rel=0.05)
     grads = [p.grad for p in model.student.encoder.parameters()]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
+TWIN = dict(hidden_size=16)
+FAMILIES = ["hubert", "hubert_stable", "wav2vec2", "unispeech_sat"]
+
+
+def like(family):
+    """Options of a student that has the teacher's kind of layers, and its CNN."""
+    student, normalize = {**TWIN, **NO_DROPOUT}, family.endswith("stable")
+    if normalize:
+        student.update(STABLE)
+    return dict(student=student, normalize=normalize)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_begin_as_those_of_the_teacher(make, wave_teacher, batch, family):
+    """One slot each, and the rest as it was; inputs come with them."""
+    teacher, directory = wave_teacher(family)
+    model = make(directory, **like(family), layer_init=[3, 1])
+    before = snapshot(model.student)
+    model.eval()(**batch)
+    found, theirs = snapshot(model.student), snapshot(teacher)
+    for slot, layer in enumerate([3, 1]):
+        names = [n for n in found if n.startswith(f"encoder.layers.{slot}.")]
+        assert len(names) == 16
+        for name in names:
+            same_name = name.replace(f"layers.{slot}.", f"layers.{layer - 1}.")
+            assert torch.equal(found[name], theirs[same_name]), name
+    for name in found:
+        if name.startswith(("encoder.pos_conv_embed", "feature_projection")):
+            assert torch.equal(found[name], theirs[name]), name
+        if "layers.2." in name or "layers.3." in name or "feature_extr" in name:
+            assert torch.equal(found[name], before[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_all_layers_is_the_teacher(make, wave_teacher, batch, family):
+    teacher, directory = wave_teacher(family)
+    options = like(family)
+    model = make(directory, **options, layer_init=[1, 2, 3], cnn_init="teacher").eval()
+    model.open_teacher("cpu")
+    heard = batch["speech"], batch["speech_lengths"]
+    expected, lengths = open_teacher(directory, [1, 2])(*heard)
+    found = model.hidden_states(*heard)[1:3]
+    for a, b in zip(found, expected):
+        for i, n in enumerate(lengths.tolist()):
+            assert torch.allclose(a[i, :n], b[i, :n], atol=1e-5)
+
+
+def test_layers_are_those_of_a_teacher_whose_targets_are_cached(
+    make, wave_teacher, tmp_path
+):
+    """Also above the deepest one that is learnt; if the teacher is still there."""
+    teacher, directory = wave_teacher()
+    path = cached(tmp_path / "targets")
+    description = yaml.safe_load((path / "teacher.yaml").read_text())
+    description["teacher"] = str(directory)
+    (path / "teacher.yaml").write_text(yaml.safe_dump(description))
+    options = dict(student=TWIN, layer_init=[3], teacher_layers=[1])
+    model = make(path, **options)
+    model.open_teacher("cpu")
+    assert same(
+        snapshot(model.student.encoder.layers[0]), snapshot(teacher.encoder.layers[2])
+    )
+    shutil.rmtree(directory)
+    with pytest.raises(UserError, match=r"layer_init \[3\]: the weights of .*/hubert"):
+        make(path, **options).open_teacher("cpu")
+
+
+def test_a_resumed_run_keeps_the_layers_that_it_trained(make, wave_teacher, batch):
+    _, directory = wave_teacher()
+    model = make(directory, TWIN, layer_init=[1, 2])
+    train(model, batch)
+    trained = snapshot(model.student.encoder)
+    resumed = make(directory, TWIN, seed=1, layer_init=[1, 2])
+    resumed.load_state_dict(model.state_dict())
+    resumed.eval()(**batch)
+    assert same(snapshot(resumed.student.encoder), trained)
+
+
+@pytest.mark.parametrize(
+    "student, message",
+    [
+        ({}, "hidden_size is 12, but 16 in the teacher"),
+        ({**TWIN, "intermediate_size": 8}, "intermediate_size is 8, but 32"),
+        ({**TWIN, "num_attention_heads": 4}, "num_attention_heads is 4, but 2"),
+        ({**TWIN, "num_conv_pos_embeddings": 8}, "num_conv_pos_embeddings is 8, but"),
+        ({**TWIN, "do_stable_layer_norm": True}, "do_stable_layer_norm is True, but"),
+    ],
+    ids=str,
+)
+def test_refuses_layers_of_another_size(make, wave_teacher, batch, student, message):
+    model = make(wave_teacher()[1], student, layer_init=[1])
+    with pytest.raises(UserError, match=rf"layer_init \[1\]: .*{message}.*leave layer"):
+        model(**batch)
+
+
+def test_refuses_layers_of_another_kind(make, wave_teacher, whisper_teacher, batch):
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    for kind, path in (
+        ("wavlm", wave_teacher("wavlm")[1]),
+        ("data2vec-audio", wave_teacher("data2vec_audio")[1]),
+        ("whisper", whisper_teacher(WhisperEncoder)[1]),
+    ):
+        with pytest.raises(UserError, match=f"layers of a {kind} model are not those"):
+            make(path, TWIN, layer_init=[1])(**batch)
+    with pytest.raises(UserError, match=r"has the layers 0 .* to 3 .*not \[4\]"):
+        make(wave_teacher()[1], TWIN, layer_init=[4])(**batch)

@@ -242,6 +242,26 @@ def test_carriers_follow_the_growth_that_the_config_says(training, tmp_path, tra
     assert SFMDistillTask.build_model(args).student_layers == (found or {})
 
 
+def test_the_first_stage_begins_with_layers_of_the_teacher(training, teacher, tmp_path):
+    """Nothing is learnt here, so that at the end each copy is still a teacher layer."""
+    main(
+        training(
+            tmp_path / "exp",
+            student_conf={**SIZES, "hidden_size": 16},
+            model_conf=dict(layer_init=[5, 2]),
+            trainer_conf=dict(depths=[2, 4], total_steps=9, method="interleave"),
+            optim="sgd",
+            optim_conf=dict(lr=0.0),
+        )
+    )
+    student = load(tmp_path / "exp" / "3epoch.pth")
+    theirs = HubertModel.from_pretrained(teacher).encoder.layers
+    for slot, layer in enumerate([5, 5, 2, 2]):
+        expected = theirs[layer - 1].state_dict()
+        for name, value in expected.items():
+            assert same(student[f"student.encoder.layers.{slot}.{name}"], value), name
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 4])
 @pytest.mark.parametrize("trainer", ["resumable", "stacking"])
 def test_the_learning_rate_is_zero_at_the_end(training, tmp_path, epochs, trainer):
@@ -456,6 +476,7 @@ def test_print_config_shows_our_options(monkeypatch):
         carried_by="position",
         student_layers=None,
         cnn_init=None,
+        layer_init=None,
         freeze_cnn=False,
         depth_sampler="full",
         layer_choice="random",
@@ -498,6 +519,8 @@ def test_collect_stats_writes_the_lengths_of_whole_utterances(
             "the model draws no depths",
         ),
         (dict(model_conf=dict(exits=[2])), "set layer_choice: prefix"),
+        (dict(model_conf=dict(layer_init=[1])), "layer_init .*hidden_size is 12, but"),
+        (dict(model_conf=dict(layer_init=[1, 2, 3])), "begins with 2 .*list 2 at most"),
     ],
     ids=str,
 )
