@@ -9,9 +9,9 @@ from dldkit.depth.layers import GatedModuleList
 from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 
-# What distillation does without: layers are dropped by the sampler, alike on all
-# ranks, and a masked input would not be what the teacher hears.
-OFF = dict(layerdrop=0.0, mask_time_prob=0.0, mask_feature_prob=0.0)
+# What distillation does without: layers are dropped by the sampler, alike on all ranks,
+# and what is masked of the input are spans of time, if anything.
+OFF = dict(layerdrop=0.0, mask_feature_prob=0.0)
 
 # Families whose layers are HuBERT's, and the options that decide what the layers, and
 # what lies in front of them, compute.
@@ -34,7 +34,8 @@ def build_student(conf: dict[str, Any], sampler: DepthSampler) -> HubertModel:
     """Build a HuBERT from the keys of its `transformers.HubertConfig`.
 
     The paper's student (arXiv 2606.11766) has 12 layers, hidden_size 384,
-    intermediate_size 1536, 8 attention heads and HuBERT's CNN: 26.87 M parameters.
+    intermediate_size 1536, 8 attention heads and HuBERT's CNN: 26.87 M parameters. Its
+    input is not masked, unless `mask_time_prob` is set.
 
     Args:
         sampler: draws the layers of each training step.
@@ -50,10 +51,10 @@ def build_student(conf: dict[str, Any], sampler: DepthSampler) -> HubertModel:
     if set_ := [key for key in OFF if conf.get(key)]:
         raise UserError(
             f"student_conf: {', '.join(set_)} can not be set: to drop layers, use "
-            "model_conf depth_sampler; the input is not masked in distillation"
+            "model_conf depth_sampler; to mask the input, use mask_time_prob"
         )
     try:
-        student = HubertModel(HubertConfig(**{**conf, **OFF}))
+        student = HubertModel(HubertConfig(**{"mask_time_prob": 0.0, **conf, **OFF}))
     except Exception as error:  # transformers' checks raise errors of many kinds
         raise UserError(f"student_conf: {type(error).__name__}: {error}") from error
     student.encoder.layers = GatedModuleList(student.encoder.layers, sampler)

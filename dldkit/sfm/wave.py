@@ -9,6 +9,7 @@ from typing import Iterable, Iterator, Optional, Sequence
 
 import torch
 from transformers import PreTrainedModel, WhisperFeatureExtractor
+from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
 
 def normalize_speech(
@@ -115,20 +116,48 @@ def projected_features(model: PreTrainedModel, features: torch.Tensor) -> torch.
     return projected
 
 
+def mask_spans(
+    model: PreTrainedModel, projected: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Put the model's mask embedding in place of spans of frames (Batch, Time, Dim).
+
+    transformers draws the spans; its own masking with them would wait for a GPU.
+
+    Args:
+        lengths: valid frames (Batch,); a batch shorter than a span is not masked.
+    """
+    config, (size, frames, _) = model.config, projected.shape
+    if frames < config.mask_time_length:
+        return projected
+    drawn = _compute_mask_indices(
+        (size, frames),
+        config.mask_time_prob,
+        config.mask_time_length,
+        frame_mask(lengths, frames),
+        config.mask_time_min_masks,
+    )
+    masked = torch.from_numpy(drawn).to(projected.device, non_blocking=True)
+    embedding = model.masked_spec_embed.to(projected.dtype)
+    return torch.where(masked[..., None], embedding, projected)
+
+
 def hidden_states(
     model: PreTrainedModel, features: torch.Tensor, lengths: torch.Tensor
 ) -> list[torch.Tensor]:
     """Return what enters the first layer, and what comes out of each that runs.
 
     The last one is the model's output, after its final LayerNorm if it has one.
-    transformers' own forward would mask spans of the input, and build an attention
-    mask for a batch without padding: both cost time, and distillation needs neither.
+    transformers' own forward would build an attention mask for a batch without padding,
+    which costs time. In training, spans of the input are masked if `mask_time_prob` of
+    the model's config says so.
 
     Args:
         features: (Batch, Time, Channels), see `cnn_features`.
         lengths: valid frames (Batch,).
     """
     projected = projected_features(model, features)
+    if model.training and model.config.mask_time_prob > 0:
+        projected = mask_spans(model, projected, lengths)
     mask = None
     if int(lengths.min()) < features.size(1):
         lengths = lengths.to(features.device, non_blocking=True)

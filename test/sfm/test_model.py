@@ -10,6 +10,7 @@ from espnet2.torch_utils.device_funcs import to_device
 
 from dldkit.errors import UserError
 from dldkit.sfm.data import CropCollateFn
+from dldkit.sfm.export import plain_hubert
 from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.teacher.opening import open_teacher
 from dldkit.sfm.wave import normalize_speech
@@ -125,6 +126,41 @@ def test_padding_changes_nothing(make, wave_teacher, waveforms, family):
     assert whole.item() == pytest.approx(mean.item(), rel=1e-5)
 
 
+MASKS = dict(mask_time_prob=0.5, mask_time_length=4)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(cnn_init="teacher", freeze_cnn=True)])
+def test_the_teacher_hears_what_is_masked_for_the_student(
+    make, wave_teacher, batch, options
+):
+    """And all frames count: the loss is that of a student that hears less."""
+    _, directory = wave_teacher()
+    student = {**NO_DROPOUT, "feat_proj_dropout": 0.0}
+    whole = make(directory, student, **options)
+    model = make(directory, {**student, **MASKS}, **options)
+    seen = []
+    for m in whole, model:
+        m.loss.register_forward_pre_hook(lambda _, args: seen.append(args))
+        m.student.load_state_dict(whole.student.state_dict(), strict=False)
+        m.loss.load_state_dict(whole.loss.state_dict())
+    losses = [m.train()(**batch)[0] for m in (whole, model)]
+    assert losses[0] != losses[1]
+    losses[1].backward()
+    assert model.student.masked_spec_embed.grad.any()
+    (student, teacher, lengths, _), (masked, heard, frames, _) = seen
+    assert all(torch.equal(a, b) for a, b in zip(teacher, heard))
+    assert not torch.equal(student[0], masked[0]) and frames.equal(lengths)
+    assert whole.eval()(**batch)[0] == model.eval()(**batch)[0]
+
+
+def test_a_student_that_was_masked_is_exported_without(make):
+    model = make(student=MASKS)
+    plain = plain_hubert(model.student, [0, 1, 2, 3])
+    assert plain.config.mask_time_prob == 0
+    assert "masked_spec_embed" in model.student.state_dict()
+    assert "masked_spec_embed" not in plain.state_dict()
+
+
 @pytest.mark.parametrize("family", ["hubert", "hubert_stable", "wavlm", "whisper"])
 @pytest.mark.parametrize("options", [dict(), dict(cnn_init="teacher", freeze_cnn=True)])
 def test_a_step_waits_for_no_value(
@@ -139,7 +175,8 @@ def test_a_step_waits_for_no_value(
         directory = wave_teacher(family)[1]
     if family == "hubert_stable":
         options = {}
-    model = make(directory, NO_DROPOUT, normalize=True, **options).train()
+    student = {**NO_DROPOUT, **MASKS}
+    model = make(directory, student, normalize=True, **options).train()
     utterances = [(u, {"speech": np.ones(9000, np.float32)}) for u in "ab"]
     utts, batch = CropCollateFn(train=True)(utterances)
     model(**batch)  # opens the teacher, and compares CNNs
@@ -157,7 +194,7 @@ def test_a_step_waits_for_no_value(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_on_the_gpu_waits_for_no_value(make, wave_teacher):
-    model = make(wave_teacher()[1], NO_DROPOUT).cuda().train()
+    model = make(wave_teacher()[1], {**NO_DROPOUT, **MASKS}).cuda().train()
     utterances = [(u, {"speech": np.ones(9000, np.float32)}) for u in "ab"]
     _, batch = CropCollateFn(train=True)(utterances)
     batch = to_device(batch, "cuda")

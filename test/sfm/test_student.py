@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from transformers import HubertConfig, HubertModel
@@ -148,8 +149,7 @@ def test_does_without_the_masking_machinery(student_conf):
     [
         (dict(hiden_size=8, num_layers=3), "has no hiden_size, num_layers"),
         (dict(layerdrop=0.1), "layerdrop can not be set: .*depth_sampler"),
-        (dict(mask_time_prob=0.65), "mask_time_prob can not be set"),
-        (dict(mask_feature_prob=0.1), "mask_feature_prob can not be set"),
+        (dict(mask_feature_prob=0.1), "mask_feature_prob can not .*mask_time_prob"),
         (dict(hidden_size=10, num_attention_heads=3), "student_conf: "),
         (dict(conv_dim=[8] * 6), "student_conf: "),
         (dict(conv_kernel=[10, 3]), "student_conf: "),
@@ -165,6 +165,62 @@ def test_does_without_the_masking_machinery(student_conf):
 def test_refuses_what_is_no_student(student_conf, wrong, message):
     with pytest.raises(UserError, match=message):
         build_student({**student_conf, **wrong}, FullSampler())
+
+
+def states_and_masks(student, speech, lengths):
+    """Return hidden states, frames, and which of them entered as the mask embedding."""
+    before, after = [], []
+    handles = [
+        student.feature_projection.register_forward_hook(
+            lambda *a: before.append(a[2].clone())
+        ),
+        student.encoder.register_forward_pre_hook(
+            lambda _, a: after.append(a[0].clone())
+        ),
+    ]
+    states, frames = states_of(student, speech, lengths)
+    for handle in handles:
+        handle.remove()
+    masked = (after[0] == student.masked_spec_embed).all(-1)
+    assert torch.equal(after[0][~masked], before[0][~masked])
+    return states, frames, masked
+
+
+def test_the_input_is_masked_in_training_only(conf, waveforms):
+    """Given the same spans, transformers' own forward gives the same output."""
+    dropouts = "hidden attention activation feat_proj".split()
+    conf = {**conf, **{f"{name}_dropout": 0.0 for name in dropouts}}
+    masks = dict(mask_time_prob=0.5, mask_time_length=4)
+    student, plain_student = build({**conf, **masks}), build(conf)
+    missing = student.load_state_dict(plain_student.state_dict(), strict=False)
+    assert missing.missing_keys == ["masked_spec_embed"]
+    expected, frames = states_of(plain_student, *waveforms)
+    states, _, masked = states_and_masks(student, *waveforms)  # of validation
+    assert not masked.any()
+    assert all(torch.equal(a, b) for a, b in zip(states, expected))
+
+    np.random.seed(0)
+    states, _, masked = states_and_masks(student.train(), *waveforms)
+    again = states_and_masks(student, *waveforms)[2]
+    assert not torch.equal(masked, again)
+    for rows in masked, again:
+        assert rows[0].any() and rows[1].any() and not rows[1, frames[1] :].any()
+        assert not rows.all(1).any()
+    assert not torch.allclose(states[0], expected[0], atol=1e-3)
+    model = HubertModel(HubertConfig(**{**conf, **NO_MASKS, **masks})).eval()
+    model.load_state_dict(student.state_dict())
+    mask = frame_mask(waveforms[1], waveforms[0].size(1)).long()
+    with torch.no_grad():
+        truth = model(waveforms[0], mask, mask_time_indices=masked).last_hidden_state
+    for i, n in enumerate(frames.tolist()):
+        assert torch.allclose(states[-1][i, :n], truth[i, :n], atol=1e-5)
+
+
+def test_speech_that_is_shorter_than_a_span_is_not_masked(student_conf):
+    masks = dict(mask_time_prob=0.5, mask_time_length=10)
+    student = build({**student_conf, **masks}).train()
+    speech = torch.randn(1, 2000)  # 6 frames
+    assert not states_and_masks(student, speech, torch.tensor([2000]))[2].any()
 
 
 def test_zero_is_no_wish_to_drop_layers(student_conf):
