@@ -5,11 +5,12 @@ Channels). What is cached is that of whole utterances, which for teacher and stu
 the same only if the student hears them whole. So these are padded, never cropped.
 """
 
-from typing import Collection, Sequence
+from typing import Any, Collection, Sequence
 
 import numpy as np
 import torch
 from espnet2.train.collate_fn import common_collate_fn
+from espnet2.train.preprocessor import CommonPreprocessor
 
 from dldkit.data.audio import BadAudio, declared_length
 from dldkit.data.datadir import read_table, splits_of
@@ -20,6 +21,7 @@ from dldkit.sfm.int8 import unpack
 FRAME = 320  # samples: a frame of HuBERT, WavLM, wav2vec2 and Whisper; crops keep to it
 SHORTEST = 2 * FRAME
 TARGETS = "targets"  # the name of the data, and of their table
+CLEAN = "clean"  # speech that the teacher hears, where the student hears another one
 FEATURES = "features"  # the table of the teacher's CNN features, and its directory
 
 
@@ -35,6 +37,24 @@ def longest(max_seconds: float, fs: int) -> float:
             f"{SHORTEST / fs} or more"
         )
     return max_seconds * fs
+
+
+class NoisySpeech(CommonPreprocessor):
+    """Noise and reverberation for the student, added by ESPnet's own preprocessor.
+
+    Args:
+        keep_clean: keep the speech as it was, too, as `clean`, for a live teacher.
+        options: of ESPnet, such as `noise_scp` and `rir_scp`.
+    """
+
+    def __init__(self, keep_clean: bool, **options: Any):
+        super().__init__(train=True, force_single_channel=True, **options)
+        self.keep_clean = keep_clean
+
+    def __call__(self, uid: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the data of an utterance, with `speech` (Samples,) changed."""
+        kept = {CLEAN: data["speech"].copy()} if self.keep_clean else {}
+        return {**super().__call__(uid, data), **kept}
 
 
 class CropCollateFn:
@@ -69,7 +89,8 @@ class CropCollateFn:
         """Return names and `speech`, `speech_lengths`, ... (Batch, ...).
 
         `lengths_on_host` has the lengths once more as lists, which stay on the CPU.
-        The data may have cached `targets`, one for each frame.
+        The data may have cached `targets`, one for each frame, and `clean` speech, of
+        which the same is cut out.
 
         Raises:
             UserError: when an utterance is shorter than two frames, or has cached
@@ -90,7 +111,8 @@ class CropCollateFn:
         crops = []
         for (utt, whole), size in zip(data, sizes):
             start = self._start(len(whole["speech"]) - size)
-            crop = {"speech": whole["speech"][start : start + size]}
+            heard = [name for name in ("speech", CLEAN) if name in whole]
+            crop = {name: whole[name][start : start + size] for name in heard}
             if TARGETS in whole:
                 targets = whole[TARGETS]
                 crop[TARGETS] = (

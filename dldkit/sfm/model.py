@@ -37,8 +37,9 @@ class SFMDistillModel(AbsESPnetModel):
         student_conf: keys of `transformers.HubertConfig`.
         teacher: Hugging Face name or directory, ESPnet SSL model, or a directory of
             cached targets.
-        teacher_layers: which of its layers are learnt, from 1; null = at a third, two
-            thirds and the end of its depth.
+        teacher_layers: which of its layers are learnt, from 1, or the means of groups of
+            them, as in [[1, 2, 3], 4]; null = at a third, two thirds and the end of its
+            depth.
         layer_weight: weight of the layer-to-layer term.
         loss: `mse` | `l1_cosine`.
         target_norm: `none` | `layer`, see `HiddenStateLoss`.
@@ -76,7 +77,7 @@ class SFMDistillModel(AbsESPnetModel):
         self,
         student_conf: dict[str, Any],
         teacher: Optional[str] = None,
-        teacher_layers: Optional[Sequence[int]] = None,
+        teacher_layers: Optional[Sequence[Union[int, Sequence[int]]]] = None,
         layer_weight: float = 0.5,
         loss: str = "mse",
         student_layers: Optional[dict[int, Sequence[int]]] = None,
@@ -150,6 +151,7 @@ class SFMDistillModel(AbsESPnetModel):
         targets: Optional[torch.Tensor] = None,
         targets_lengths: Optional[torch.Tensor] = None,
         lengths_on_host: Optional[dict[str, list[int]]] = None,
+        clean: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return the loss, its parts, and the batch size.
@@ -163,6 +165,7 @@ class SFMDistillModel(AbsESPnetModel):
             targets_lengths: (Batch,).
             lengths_on_host: the same lengths, for which no step has to wait; of
                 `CropCollateFn`.
+            clean: what a live teacher hears, where it is not `speech` (Batch, Samples).
             kwargs: `utt_id`, a list, for messages.
         """
         if lengths_on_host is not None:
@@ -176,7 +179,12 @@ class SFMDistillModel(AbsESPnetModel):
         known = {}
         if isinstance(teacher, CachedTeacher):
             known = dict(targets=targets, targets_lengths=targets_lengths)
-        heard = (features, lengths) if self._shares_cnn else (speech, speech_lengths)
+        if clean is not None:
+            heard = clean[:, : speech.size(1)], speech_lengths
+        elif self._shares_cnn:
+            heard = features, lengths
+        else:
+            heard = speech, speech_lengths
         expected, expected_lengths = teacher(*heard, kwargs.get("utt_id"), **known)
         states = hidden_states(self.student, features, lengths)
         states, expected, lengths = trim(states, lengths, expected, expected_lengths)

@@ -11,13 +11,19 @@ from espnet2.train.abs_espnet_model import AbsESPnetModel
 from espnet2.train.class_choices import ClassChoices
 from espnet2.train.collate_fn import CommonCollateFn
 from espnet2.utils.nested_dict_action import NestedDictAction
-from espnet2.utils.types import str2bool
+from espnet2.utils.types import str2bool, str_or_none
 
 import dldkit
 from dldkit.data.frames import read_in_training
 from dldkit.errors import UserError
 from dldkit.sfm.batches import LengthBuckets, report_used
-from dldkit.sfm.data import FEATURES, TARGETS, CropCollateFn, refuse_other_rates
+from dldkit.sfm.data import (
+    FEATURES,
+    TARGETS,
+    CropCollateFn,
+    NoisySpeech,
+    refuse_other_rates,
+)
 from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.options import (
     complete,
@@ -38,6 +44,29 @@ model_choices = ClassChoices(
     classes=dict(sfm_distill=SFMDistillModel),
     type_check=AbsESPnetModel,
     default="sfm_distill",
+)
+
+# ESPnet's options of noise and reverberation, with its defaults: type, default, help
+NOISE = dict(
+    rir_scp=(
+        str_or_none,
+        None,
+        "Table of room impulse responses: only the student "
+        "hears their reverberation, in training",
+    ),
+    rir_apply_prob=(float, 1.0, "Share of the utterances that get it"),
+    noise_scp=(
+        str_or_none,
+        None,
+        "Table of noises: only the student hears them, in " "training",
+    ),
+    noise_apply_prob=(float, 1.0, "Share of the utterances that get noise"),
+    noise_db_range=(str, "13_15", "Range of the signal-to-noise ratio in dB"),
+    short_noise_thres=(
+        float,
+        0.5,
+        "Warn of noise shorter than this share of the " "speech",
+    ),
 )
 
 
@@ -70,6 +99,8 @@ class SFMDistillTask(TrainerChoice, AbsTask):
             help="Read no audio, but what `sfm_collect_targets --features` cached; for "
             "a student that has the teacher's CNN, frozen",
         )
+        for name, (kind, default, text) in NOISE.items():
+            group.add_argument(f"--{name}", type=kind, default=default, help=text)
         for choices in cls.class_choices_list:
             choices.add_arguments(group)
         parser.set_defaults(batch_type="sorted")
@@ -107,8 +138,11 @@ class SFMDistillTask(TrainerChoice, AbsTask):
     def build_preprocess_fn(
         cls, args: argparse.Namespace, train: bool
     ) -> Optional[Callable]:
-        """Return None: speech is used as it is."""
-        return None
+        """Return what adds noise and reverberation for the student, in training."""
+        if not train or not (args.noise_scp or args.rir_scp):
+            return None
+        keep_clean = not is_cached(named_teacher(args.model_conf))
+        return NoisySpeech(keep_clean, **{name: getattr(args, name) for name in NOISE})
 
     @classmethod
     def required_data_names(
@@ -165,7 +199,15 @@ class SFMDistillTask(TrainerChoice, AbsTask):
                     for path, name, kind in data
                     if name != "speech"
                 ]
-        refuse_other_rates(sum(entries, []), teacher_info(teacher).sampling_rate)
+        noises = [path for path in (args.noise_scp, args.rir_scp) if path]
+        if noises and args.cached_features:
+            raise UserError(
+                f"{noises[0]}: with cached_features: true no audio is read to which it "
+                "could be added: leave noise_scp and rir_scp out, or set "
+                "cached_features: false"
+            )
+        heard = [*sum(entries, []), *((path, "speech", "sound") for path in noises)]
+        refuse_other_rates(heard, teacher_info(teacher).sampling_rate)
 
     @classmethod
     def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from dldkit.errors import UserError
-from dldkit.sfm.data import CropCollateFn
+from dldkit.sfm.data import CropCollateFn, NoisySpeech
 from dldkit.sfm.int8 import pack
 
 LENGTHS = dict(a=20000, b=9333, c=12800)
@@ -158,3 +159,54 @@ def test_targets_of_other_audio_are_refused(cached):
     cached[1][1]["targets"] = cached[1][1]["targets"][:-2]
     with pytest.raises(UserError, match="b has 9333 samples and 26 cached targets"):
         CropCollateFn(train=True)(cached)
+
+
+def test_clean_speech_is_cut_at_the_same_places(utterances):
+    for _, data in utterances:
+        data["clean"] = data["speech"] + 0.5
+    for crop in (True, False):
+        _, batch = CropCollateFn(train=True, crop=crop)(utterances)
+        assert batch["clean_lengths"].equal(batch["speech_lengths"])
+        for n, speech, clean in zip(*map(batch.get, ("speech_lengths", *HEARD))):
+            assert torch.equal(clean[:n], speech[:n] + 0.5)
+
+
+HEARD = ("speech", "clean")
+
+
+def saved(path, samples):
+    """Save float samples, and a table that lists them."""
+    soundfile.write(path, samples, 16000, subtype="FLOAT")
+    path.with_suffix(".scp").write_text(f"one {path}\n")
+    return str(path.with_suffix(".scp"))
+
+
+@pytest.mark.parametrize("keep_clean", [True, False])
+def test_noise_has_the_ratio_that_is_asked(tmp_path, keep_clean):
+    rng = np.random.default_rng(0)
+    speech, noise = 0.1 * rng.standard_normal((2, 8000)).astype(np.float32)
+    table = saved(tmp_path / "noise.wav", noise)
+    add = NoisySpeech(keep_clean, noise_scp=table, noise_db_range="6_6")
+    data = {"speech": speech.copy()}
+    found = add("utt", data)
+    assert set(found) == ({"speech", "clean"} if keep_clean else {"speech"})
+    assert np.array_equal(found.get("clean", speech), speech)
+    added = found["speech"] - speech
+    assert added.shape == speech.shape
+    ratio = 10 * np.log10(np.mean(speech**2) / np.mean(added**2))
+    assert ratio == pytest.approx(6.0, abs=0.1)
+    assert np.corrcoef(added, noise)[0, 1] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_reverberation_is_a_convolution(tmp_path):
+    """An echo after 100 samples, at the power of the speech."""
+    rng = np.random.default_rng(0)
+    speech = 0.1 * rng.standard_normal(8000).astype(np.float32)
+    response = np.zeros(101)
+    response[[0, 100]] = 1.0, 0.5
+    table = saved(tmp_path / "rir.wav", response)
+    found = NoisySpeech(True, rir_scp=table)("utt", {"speech": speech.copy()})
+    echo = speech + 0.5 * np.concatenate([np.zeros(100), speech[:-100]])
+    expected = echo * np.sqrt(np.mean(speech**2) / np.mean(echo**2))
+    assert np.allclose(found["speech"], expected, atol=1e-3)
+    assert np.array_equal(found["clean"], speech)

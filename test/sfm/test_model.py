@@ -153,6 +153,24 @@ def test_the_teacher_hears_what_is_masked_for_the_student(
     assert whole.eval()(**batch)[0] == model.eval()(**batch)[0]
 
 
+@pytest.mark.parametrize("options", [dict(), dict(cnn_init="teacher", freeze_cnn=True)])
+def test_the_teacher_hears_clean_speech(make, wave_teacher, batch, options):
+    """Also where one CNN could serve both."""
+    _, directory = wave_teacher()
+    model, seen = make(directory, **options).eval(), []
+    model.loss.register_forward_pre_hook(lambda _, args: seen.append(args))
+    noisy = batch["speech"] + 0.1 * torch.randn(2, 9000)
+    calls = count_cnn_calls(model)
+    model(**{**batch, "speech": noisy}, clean=batch["speech"])
+    assert sorted(calls) == ["student", "teacher"]
+    ((student, teacher, _, _),) = seen
+    lengths = batch["speech_lengths"]
+    expected, _ = open_teacher(directory, [1, 2, 3])(batch["speech"], lengths)
+    assert all(torch.equal(a, b) for a, b in zip(teacher, expected))
+    states = model.hidden_states(noisy, lengths)
+    assert all(torch.equal(a, b) for a, b in zip(student, states))
+
+
 def test_a_student_that_was_masked_is_exported_without(make):
     model = make(student=MASKS)
     plain = plain_hubert(model.student, [0, 1, 2, 3])

@@ -226,6 +226,54 @@ def test_batches_of_similar_length_are_the_default(training, tmp_path, caplog):
     assert isinstance(factory.sampler, LengthBuckets)
 
 
+def save_noise(directory: Path, rate: int = RATE) -> str:
+    """Save a noise, and return the table that lists it."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(4 * rate)
+    soundfile.write(directory / "noise.wav", noise, rate)
+    (directory / "noise.scp").write_text(f"noise {directory}/noise.wav\n")
+    return str(directory / "noise.scp")
+
+
+@pytest.mark.parametrize("mode", ["train", "valid"])
+@pytest.mark.parametrize("is_live", [True, False])
+def test_the_student_alone_hears_noise(training, corpus, tmp_path, mode, is_live):
+    """In training; targets that are cached are those of clean speech already."""
+    options = dict(noise_scp=save_noise(tmp_path), noise_db_range="5_5")
+    if not is_live:
+        (tmp_path / "cache").mkdir()
+        about = dict(teacher="", hidden_size=16, num_layers=6, sampling_rate=RATE)
+        about.update(normalize=True, layers=[2])
+        (tmp_path / "cache" / "teacher.yaml").write_text(yaml.safe_dump(about))
+        options["model_conf"] = dict(teacher=str(tmp_path / "cache"))
+    words = training(tmp_path / "exp", collate_fn_conf=dict(max_seconds=9.0), **options)
+    args = SFMDistillTask.get_parser().parse_args(words)
+    factory = SFMDistillTask.build_iter_factory(args, DistributedOption(), mode)
+    utts, batch = next(iter(factory.build_iter(1)))
+    heard = batch["clean" if mode == "train" and is_live else "speech"]
+    assert ("clean" in batch) == (mode == "train" and is_live)
+    n = batch["speech"].size(1)
+    for utt, noisy, clean in zip(utts, batch["speech"], heard):
+        speech = torch.tensor(corpus.speech(utt), dtype=torch.float32)
+        places = [i for i in range(0, len(speech) - n + 1, 320)]
+        found = [torch.allclose(speech[i : i + n], clean, atol=1e-3) for i in places]
+        assert any(found) == (mode == "valid" or is_live), utt
+        assert torch.equal(noisy, clean) == ("clean" not in batch)
+
+
+def test_trains_with_noise(training, tmp_path):
+    noise = dict(noise_scp=save_noise(tmp_path), noise_apply_prob=0.5)
+    main(training(tmp_path / "exp", **noise, max_epoch=1))
+    assert (tmp_path / "exp" / "1epoch.pth").is_file()
+
+
+def test_refuses_noise_of_another_rate(training, tmp_path, capsys):
+    noise = save_noise(tmp_path, 16000)
+    last = error_of(training(tmp_path / "exp", noise_scp=noise), capsys)
+    assert f"{noise}: utterance noise has 16000 Hz, but the teacher" in last
+    last = error_of(training(tmp_path / "exp", rir_scp="/no/rir.scp"), capsys)
+    assert "/no/rir.scp does not exist" in last
+
+
 @pytest.mark.parametrize("trainer", ["stacking", "resumable"])
 def test_carriers_follow_the_growth_that_the_config_says(training, tmp_path, trainer):
     """And stand in the config of the experiment, by which the student is rebuilt."""
