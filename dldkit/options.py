@@ -30,6 +30,12 @@ seed_list = functools.partial(integers, what='numbers, such as "0 1 2"')
 fold_list = functools.partial(integers, what='folds from 0 to 4, as "0 1"', most=4)
 
 
+def flat_layers(layers: Sequence[Union[int, Sequence[int]]]) -> list[int]:
+    """Return layers, of which some may be in groups, one after the other."""
+    groups = ([layer] if isinstance(layer, int) else layer for layer in layers)
+    return [layer for group in groups for layer in group]
+
+
 def positive(text: str) -> int:
     """Read an integer above 0."""
     if not text.isdecimal() or int(text) < 1:

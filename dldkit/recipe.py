@@ -25,6 +25,7 @@ from dldkit.errors import UserError
 from dldkit.options import (
     depth_list,
     exit_thresholds,
+    flat_layers,
     learning_rates,
     sampling_rate,
 )
@@ -164,7 +165,7 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     teacher_layers = OmegaConf.select(config, "model_conf.teacher_layers") or []
     seconds = OmegaConf.select(config, "collate_fn_conf.max_seconds")
     settings["segment_seconds"] = str(15.6 if seconds is None else seconds)
-    settings["teacher_layers"] = " ".join(map(str, teacher_layers))
+    settings["teacher_layers"] = " ".join(map(str, flat_layers(teacher_layers)))
     if options["probe"] == "superb" and _runs(options, 13):
         _check_superb(options)
     return settings

@@ -246,6 +246,20 @@ def test_exits_are_exported_where_no_depths_are_named(monkeypatch, changes, dept
 
 
 @pytest.mark.parametrize(
+    "layers, cached", [("[2,3]", "2 3"), ("[[1,2],3]", "1 2 3"), ("null", "")]
+)
+def test_layers_that_are_learnt_are_cached(monkeypatch, layers, cached):
+    """Of a group whose mean is learnt, all."""
+    from dldkit.recipe import check_sfm
+
+    monkeypatch.chdir(DISTILL)
+    options = defaults(ROOT / "egs2/TEMPLATE/ssl1/sfm.sh")
+    options.update(teacher="teacher", sfm_args=f"--model_conf teacher_layers={layers}")
+    settings = check_sfm(options, ROOT / "conf" / "systems_ssl")
+    assert settings["teacher_layers"] == cached
+
+
+@pytest.mark.parametrize(
     "text, rate", [("16k", "16000"), ("22.05k", "22050"), ("8000", "8000")]
 )
 def test_sampling_rates(check, text, rate):

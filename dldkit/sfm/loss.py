@@ -1,13 +1,14 @@
 """How far the student's hidden states are from the teacher's."""
 
 import math
-from typing import Callable, Optional, Sequence
+from typing import Callable, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
 
 from dldkit.depth.growth import last_copies
 from dldkit.errors import UserError
+from dldkit.options import flat_layers
 from dldkit.sfm.wave import frame_mask
 
 
@@ -90,14 +91,16 @@ DISTANCES = {"mse": mse, "l1_cosine": l1_cosine}
 class HiddenStateLoss(torch.nn.Module):
     """Output term + layer_weight x layer-to-layer term (arXiv 2606.11766).
 
-    The output term compares the student's output with the deepest of the teacher's
-    layers, the layer term is the mean over all teacher layers. Each comparison has a
-    linear projection of its own, which is not part of the student.
+    The output term compares the student's output with the deepest of the targets, the
+    layer term is the mean over all targets. A target is a teacher layer, or the mean of
+    a group of them. Each comparison has a linear projection of its own, which is not
+    part of the student.
 
     Args:
         student_size: dimension of the student's hidden states.
         teacher_size: dimension of the teacher's.
-        teacher_layers: the teacher's layers, from 1, in ascending order.
+        teacher_layers: the teacher's layers, from 1, in ascending order; a list in it
+            is a group, as in [[1, 2, 3], 4].
         layer_weight: weight of the layer-to-layer term.
         distance: `mse` | `l1_cosine`.
         target_norm: `none` | `layer`: bring each frame of the teacher to zero mean and
@@ -111,7 +114,7 @@ class HiddenStateLoss(torch.nn.Module):
         self,
         student_size: int,
         teacher_size: int,
-        teacher_layers: Sequence[int],
+        teacher_layers: Sequence[Union[int, Sequence[int]]],
         layer_weight: float = 0.5,
         distance: str = "mse",
         target_norm: str = "none",
@@ -125,10 +128,13 @@ class HiddenStateLoss(torch.nn.Module):
             raise UserError(
                 f"unknown target_norm {target_norm!r}: choose none or layer"
             )
-        layers = list(teacher_layers)
-        if not layers or layers != sorted(set(layers)) or layers[0] < 1:
+        self.groups = [flat_layers([group]) for group in teacher_layers]
+        layers = flat_layers(teacher_layers)
+        in_order = layers == sorted(set(layers)) and min(layers, default=0) >= 1
+        if not in_order or not all(self.groups):
             raise UserError(
-                f"teacher_layers {layers}: list layers from 1 up, in ascending order"
+                f"teacher_layers {teacher_layers}: list layers from 1 up, or lists of "
+                "them, whose means are learnt, all in ascending order"
             )
         self.distance = DISTANCES[distance]
         self.target_norm = target_norm
@@ -136,8 +142,18 @@ class HiddenStateLoss(torch.nn.Module):
         self.layer_weight = layer_weight
         self.output_projection = torch.nn.Linear(student_size, teacher_size)
         self.layer_projections = torch.nn.ModuleList(
-            torch.nn.Linear(student_size, teacher_size) for _ in layers
+            torch.nn.Linear(student_size, teacher_size) for _ in self.groups
         )
+
+    def targets(self, teacher: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return each group's mean (Batch, Time, Dim).
+
+        Args:
+            teacher: hidden states (Batch, Time, Dim), one for each teacher layer.
+        """
+        states = iter(teacher)
+        groups = [[next(states) for _ in group] for group in self.groups]
+        return [torch.stack(g).mean(0) if len(g) > 1 else g[0] for g in groups]
 
     def forward(
         self,
@@ -153,9 +169,10 @@ class HiddenStateLoss(torch.nn.Module):
                 layer, and what comes out of each.
             teacher: hidden states (Batch, Time, Dim), one for each teacher layer.
             lengths: valid frames (Batch,), best on the CPU.
-            carried_by: the student's running layer, from 1, for each teacher layer;
-                None = `carriers`.
+            carried_by: the student's running layer, from 1, for each target; None =
+                `carriers`.
         """
+        teacher = self.targets(teacher)
         if self.target_norm == "layer":
             teacher = [F.layer_norm(state, state.shape[-1:]) for state in teacher]
         average = frame_average(lengths, teacher[0])
@@ -174,8 +191,9 @@ class HiddenStateLoss(torch.nn.Module):
         ]
         loss = output + self.layer_weight * sum(layers) / len(layers)
         stats = {"loss_output": output.detach()}
-        for layer, value in zip(self.teacher_layers, layers):
-            stats[f"loss_layer{layer}"] = value.detach()
+        for group, value in zip(self.groups, layers):
+            name = "_".join(map(str, group))
+            stats[f"loss_layer{name}"] = value.detach()
         return loss, stats
 
 

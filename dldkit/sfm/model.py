@@ -37,9 +37,9 @@ class SFMDistillModel(AbsESPnetModel):
         student_conf: keys of `transformers.HubertConfig`.
         teacher: Hugging Face name or directory, ESPnet SSL model, or a directory of
             cached targets.
-        teacher_layers: which of its layers are learnt, from 1, or the means of groups of
-            them, as in [[1, 2, 3], 4]; null = at a third, two thirds and the end of its
-            depth.
+        teacher_layers: which of its layers are learnt, from 1, or the means of groups
+            of them, as in [[1, 2, 3], 4]; null = at a third, two thirds and the end of
+            its depth.
         layer_weight: weight of the layer-to-layer term.
         loss: `mse` | `l1_cosine`.
         target_norm: `none` | `layer`, see `HiddenStateLoss`.

@@ -7,6 +7,7 @@ from typing import Any
 from espnet2.utils.get_default_kwargs import get_default_kwargs
 
 from dldkit.errors import UserError
+from dldkit.options import flat_layers
 from dldkit.sfm.data import FEATURES
 from dldkit.sfm.loss import carriers_of_copies
 from dldkit.sfm.teacher.opening import teacher_info
@@ -71,10 +72,11 @@ def complete(model_conf: dict[str, Any]) -> dict[str, Any]:
     completed = {**model_conf, **found, **given}
     layers = completed["teacher_layers"]
     logging.info(f"layers {layers} of {info.num_layers} of the teacher {teacher}")
-    if layers and max(layers) < info.num_layers:
+    deepest = max(flat_layers(layers), default=info.num_layers)
+    if deepest < info.num_layers:
         logging.warning(
             f"teacher_layers {layers}: the teacher {teacher} has {info.num_layers} "
-            f"layers, of which those above {max(layers)} are not learnt; leave "
+            f"layers, of which those above {deepest} are not learnt; leave "
             "teacher_layers out to learn its output"
         )
     return completed

@@ -8,6 +8,7 @@ import yaml
 from espnet2.torch_utils.device_funcs import to_device
 from espnet2.train.distributed_utils import DistributedOption
 
+from dldkit.options import flat_layers
 from dldkit.sfm.loss import HiddenStateLoss, trim
 from dldkit.sfm.teacher.cached import CachedTeacher
 from dldkit.sfm.teacher.opening import open_teacher
@@ -35,12 +36,12 @@ def teacher_loss(config: str, teacher: Optional[str] = None) -> dict[str, float]
         args = argparse.Namespace(**yaml.safe_load(file))
     conf = args.model_conf
     layers = conf["teacher_layers"]
-    targets = open_teacher(conf["teacher"], layers)
+    targets = open_teacher(conf["teacher"], flat_layers(layers))
     if teacher is None and isinstance(targets, CachedTeacher):
         teacher = targets.made_by
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # float32, as the cached targets are
-    live = open_teacher(teacher or conf["teacher"], layers, device)
+    live = open_teacher(teacher or conf["teacher"], flat_layers(layers), device)
     size = live.info.hidden_size
     distance = conf.get("loss", "mse")
     norm = conf.get("target_norm", "none")
@@ -63,7 +64,7 @@ def teacher_loss(config: str, teacher: Optional[str] = None) -> dict[str, float]
         own, expected = live(*heard), targets(*heard, **known)
         own, expected, lengths = trim(*own, *expected)
         carried_by = range(1, len(layers) + 1)
-        value, parts = loss([None, *own], expected, lengths, carried_by)
+        value, parts = loss([None, *loss.targets(own)], expected, lengths, carried_by)
         total += len(utts) * torch.stack([value, *parts.values()]).cpu()
         utterances += len(utts)
         if utterances >= ENOUGH:

@@ -235,7 +235,27 @@ def test_refuses_two_frames_of_difference(theirs):
         trim(*frames(9, 6), *frames(*theirs))
 
 
-@pytest.mark.parametrize("layers", [[], [0, 1], [2, 1], [1, 1], [-1]])
+def test_a_group_of_layers_is_learnt_as_its_mean(states):
+    """The hand computes the mean, and the loss of layers says what it costs."""
+    student, (one, two, three) = states
+    mean = torch.tensor((one.double() + two.double()).numpy() / 2).float()
+    grouped, plain = loss_of(layers=[[2, 4], 9]), loss_of(layers=[4, 9])
+    plain.load_state_dict(grouped.state_dict())
+    value, stats = grouped(student, [one, two, three], LENGTHS)
+    expected, parts = plain(student, [mean, three], LENGTHS)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert list(stats) == ["loss_output", "loss_layer2_4", "loss_layer9"]
+    for a, b in zip(stats.values(), parts.values()):
+        assert a.item() == pytest.approx(b.item(), rel=1e-5)
+    assert grouped.teacher_layers == [2, 4, 9]
+    last = loss_of(layers=[2, [4, 9]])  # the output learns the last mean
+    (target,) = last.targets([one, two, three])[1:]
+    assert torch.allclose(target, (two + three) / 2)
+
+
+@pytest.mark.parametrize(
+    "layers", [[], [0, 1], [2, 1], [1, 1], [-1], [[1, 2], 2], [[2, 1]], [[], 1]]
+)
 def test_refuses_layers_out_of_order(layers):
     with pytest.raises(UserError, match="teacher_layers .*ascending"):
         loss_of(layers=layers)

@@ -527,6 +527,20 @@ def test_only_the_layers_that_are_asked_for_are_learnt(make, tmp_path):
     assert [target.unique().tolist() for target in seen[0]] == [[2.0], [3.0]]
 
 
+def test_means_of_layers_are_learnt_from_a_live_teacher(make, wave_teacher, batch):
+    """Two targets for the first and the last half of four layers."""
+    _, directory = wave_teacher()
+    model, seen = make(directory, teacher_layers=[[1, 2], 3]).eval(), []
+    distance = model.loss.distance
+    model.loss.distance = lambda a, b: seen.append(b) or distance(a, b)
+    model(**batch)
+    heard = batch["speech"], batch["speech_lengths"]
+    (one, two, three), _ = open_teacher(directory, [1, 2, 3])(*heard)
+    output, mean, last = seen
+    assert torch.allclose(mean, (one + two) / 2, atol=1e-6)
+    assert torch.equal(last, three) and torch.equal(output, three)
+
+
 def test_cached_targets_teach_as_the_teacher_does(make, wave_teacher, tmp_path, batch):
     """Whole utterances: a student that is the teacher has no loss."""
     teacher, directory = wave_teacher()

@@ -226,6 +226,42 @@ def test_batches_of_similar_length_are_the_default(training, tmp_path, caplog):
     assert isinstance(factory.sampler, LengthBuckets)
 
 
+def test_corpora_are_mixed_with_espnets_categories(training, corpus, tmp_path):
+    """One utterance as often as all others together, and a training on that."""
+    data = tmp_path / "train"
+    data.mkdir()
+    lines = (corpus.train / "wav.scp").read_text()
+    (data / "wav.scp").write_text(lines)
+    first, *others = [line.split()[0] for line in lines.splitlines()]
+    assert len(others) > 1
+    (data / "category2utt").write_text(f"a {first}\nb {' '.join(others)}\n")
+    mixed = dict(iterator_type="category", batch_type="catpow", upsampling_factor=0.0)
+    sequence = dict(valid_iterator_type="sequence", valid_batch_type="sorted")
+    crop = dict(max_seconds=0.3, fs=RATE, crop=False)
+    words = training(
+        tmp_path / "exp",
+        **mixed,
+        **sequence,
+        batch_bins=9000,
+        dataset_scaling_factor=100.0,
+        num_iters_per_epoch=3,
+        max_epoch=2,
+        collate_fn_conf=crop,
+        trainer="resumable",
+        trainer_conf={},
+    )
+    file = Path(words[1])
+    config = yaml.safe_load(file.read_text())
+    config["train_data_path_and_name_and_type"][0][0] = str(data / "wav.scp")
+    file.write_text(yaml.safe_dump(config))
+    args = SFMDistillTask.get_parser().parse_args(words)
+    factory = SFMDistillTask.build_iter_factory(args, DistributedOption(), "train")
+    drawn = [utt for batch in factory.sampler for utt in batch]
+    assert drawn.count(first) / len(drawn) == pytest.approx(0.5, abs=0.1)
+    main(words)
+    assert (tmp_path / "exp" / "2epoch.pth").is_file()
+
+
 def save_noise(directory: Path, rate: int = RATE) -> str:
     """Save a noise, and return the table that lists it."""
     noise = 0.1 * np.random.default_rng(0).standard_normal(4 * rate)
@@ -711,6 +747,15 @@ class TestCachedTargets:
         last = error_of(arguments, capsys)
         assert re.search(message, last), last
 
+    def test_noise_needs_audio(self, training, corpus, teacher, tmp_path, capsys):
+        both = [corpus.train, corpus.dev], tmp_path / "cache"
+        collect_targets(teacher, [6], *both, features=True)
+        conf = dict(teacher=str(both[1]), cnn_init="teacher", freeze_cnn=True)
+        noise = save_noise(tmp_path)
+        changes = dict(model_conf=conf, cached_features=True, noise_scp=noise)
+        last = error_of(training(tmp_path / "exp", **changes), capsys)
+        assert f"{noise}: with cached_features: true no audio is read" in last
+
     def test_of_other_audio_are_refused_in_one_line(
         self, training, corpus, teacher, tmp_path, capsys
     ):
@@ -731,17 +776,21 @@ class TestCachedTargets:
         assert "cached targets" in last and "Traceback" not in last
 
 
-@pytest.mark.parametrize("norm", ["none", "layer"])
-def test_the_teacher_s_own_loss(norm, training, corpus, teacher, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "norm, layers", [("none", [3, 6]), ("layer", [3, 6]), ("none", [[2, 3], 6])]
+)
+def test_the_teacher_s_own_loss(
+    norm, layers, training, corpus, teacher, tmp_path, capsys
+):
     """Nothing with a live teacher, and what float16 costs with cached targets."""
     data = []
     for part, source in (("train", corpus.train), ("dev", corpus.dev)):
         cut_data(str(source), str(tmp_path / part), 0.3, RATE, "wav")
         data.append(tmp_path / part)
-    collect_targets(teacher, [3, 6], data, tmp_path / "cache")
+    collect_targets(teacher, [2, 3, 6], data, tmp_path / "cache")
     losses = {}
     for name in (str(teacher), str(tmp_path / "cache")):
-        conf = dict(teacher=name, cnn_init=None, teacher_layers=[3, 6])
+        conf = dict(teacher=name, cnn_init=None, teacher_layers=layers)
         conf["target_norm"] = norm
         exp = tmp_path / f"exp{len(losses)}"
         arguments = training(exp, model_conf=conf, max_epoch=1, batch_type="sorted")
@@ -749,7 +798,8 @@ def test_the_teacher_s_own_loss(norm, training, corpus, teacher, tmp_path, capsy
         main(arguments)
         losses[name] = teacher_loss(str(exp / "config.yaml"))
     live, cached = losses.values()
-    assert list(live) == ["loss", "loss_output", "loss_layer3", "loss_layer6"]
+    first = "loss_layer3" if layers == [3, 6] else "loss_layer2_3"
+    assert list(live) == ["loss", "loss_output", first, "loss_layer6"]
     assert set(live.values()) == {0.0}
     assert all(0 < value < 1e-4 for value in cached.values())
     sfm_teacher_loss.main(["--config", str(exp / "config.yaml")])
