@@ -114,7 +114,7 @@ def refuse_lost_layers(
     """
     layers = model_conf.get("layer_init") or ()
     depths = (get_default_kwargs(Stacking) | trainer_conf).get("depths")
-    if trainer == "stacking" and len(layers) > depths[0]:
+    if trainer == "stacking" and layers and len(layers) > depths[0]:
         raise UserError(
             f"model_conf layer_init {list(layers)}: the student begins with "
             f"{depths[0]} layers (trainer_conf depths), and later ones are copies of "
