@@ -46,27 +46,15 @@ model_choices = ClassChoices(
     default="sfm_distill",
 )
 
-# ESPnet's options of noise and reverberation, with its defaults: type, default, help
+# ESPnet's options of noise and reverberation, which only the student hears in training:
+# type, ESPnet's default, help
 NOISE = dict(
-    rir_scp=(
-        str_or_none,
-        None,
-        "Table of room impulse responses: only the student "
-        "hears their reverberation, in training",
-    ),
-    rir_apply_prob=(float, 1.0, "Share of the utterances that get it"),
-    noise_scp=(
-        str_or_none,
-        None,
-        "Table of noises: only the student hears them, in " "training",
-    ),
+    rir_scp=(str_or_none, None, "Table of room impulse responses for the student"),
+    rir_apply_prob=(float, 1.0, "Share of the utterances that get one"),
+    noise_scp=(str_or_none, None, "Table of noises for the student"),
     noise_apply_prob=(float, 1.0, "Share of the utterances that get noise"),
     noise_db_range=(str, "13_15", "Range of the signal-to-noise ratio in dB"),
-    short_noise_thres=(
-        float,
-        0.5,
-        "Warn of noise shorter than this share of the " "speech",
-    ),
+    short_noise_thres=(float, 0.5, "Warn of noise below this share of the speech"),
 )
 
 
