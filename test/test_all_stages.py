@@ -55,5 +55,7 @@ def test_stages_1_to_13(name, tmp_path):
         wanted = utterances(recipe / "dump" / "raw" / test_set)
         for depth in (4, 2):
             (decoded,) = recipe.glob(f"exp/asr_tiny/decode*/depth{depth}/{test_set}")
-            assert list(read_table(decoded / "text")) == list(wanted)
+            lines = (decoded / "text").read_text().splitlines()
+            # what it recognises may be nothing
+            assert [line.split(" ")[0] for line in lines] == list(wanted)
     assert "| tiny " in (recipe / "exp/asr_tiny/RESULTS.md").read_text()
