@@ -155,7 +155,10 @@ def refuse_other_features(
 
 
 def converted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of the same model with an encoder of run-time depth."""
+    """Return the config of the same model with an encoder of run-time depth.
+
+    What made it dynamic is gone: drawn depths, exits, the reference.
+    """
     config = copy.deepcopy(dict(config))
     name = "ld_" + str(config["encoder"]).removeprefix("ld_")
     defaults = inspect.signature(encoder_choices.get_class(name)).parameters
@@ -165,6 +168,7 @@ def converted(config: Mapping[str, Any]) -> dict[str, Any]:
     options.pop("layer_drop_rate", None)
     config["encoder"] = name
     config["encoder_conf"] = {**options, "depth_sampler": "full"}
+    config["model_conf"] = _without(config.get("model_conf"), DLDModel)
     return config
 
 
@@ -179,7 +183,7 @@ def student_config(
     student = {k: v for k, v in recipe.items() if k not in ARCHITECTURE.split()}
     student |= {k: config[k] for k in ARCHITECTURE.split() if k in config}
     encoder_conf = student["encoder_conf"]
-    model_conf = _without(student.get("model_conf"), DLDModel)
+    model_conf = student["model_conf"]
     del encoder_conf["depth_sampler"]
     if encoder_conf.pop("interctc_layer_idx", None):
         logging.info("Without the intermediate CTC that it was trained with")

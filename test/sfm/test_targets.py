@@ -180,6 +180,8 @@ def test_training_is_refused_without_all_targets(hubert, data_dirs, tmp_path, pa
         model_conf=dict(teacher=str(cache)),
         collect_stats=False,
         cached_features=False,
+        noise_scp=None,
+        rir_scp=None,
         multiple_iterator=False,
         train_data_path_and_name_and_type=train,
         valid_data_path_and_name_and_type=dev,
