@@ -179,7 +179,9 @@ class TestLosses:
             found[name] = [p.grad for p in model.encoder.encoders[0].parameters()]
         halves = [gradient / 2 for gradient in found["alone"]]
         torch.testing.assert_close(found["own"], halves)
-        assert not any(map(torch.allclose, found["shared"], halves))
+        # some gradients are zero but for rounding, such as that of the keys' bias
+        alike = list(map(torch.allclose, found["shared"], halves))
+        assert sum(alike) < len(alike) / 4
 
     def test_work_beside_an_attention_decoder(self, model_of, static, batch):
         decoder = dict(

@@ -711,7 +711,8 @@ class TestCachedTargets:
             for key, value in own.items():
                 ours = checkpoint["model"][f"student.feature_extractor.{key}"]
                 assert torch.equal(ours, value)
-        assert losses["features"] == pytest.approx(losses["audio"], rel=1e-3)
+        # features are float16; three epochs of updates enlarge the rounding
+        assert losses["features"] == pytest.approx(losses["audio"], rel=1e-2)
         assert losses["audio"][-1] < losses["audio"][0]
         # the teacher hears what the student does
         loss = teacher_loss(str(tmp_path / "features" / "config.yaml"), str(teacher))
