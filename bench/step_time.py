@@ -28,12 +28,13 @@ from typing import Any, Callable, Optional, Sequence
 
 import torch
 import yaml
-from steps import macs, times_in_turns, training_step
+from steps import times_in_turns, training_step
 from tabulate import tabulate
 from transformers import HubertConfig, HubertModel
 
 from dldkit.depth.growth import boundaries
 from dldkit.errors import UserError, report_user_errors
+from dldkit.report.cost import counted_macs
 from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.options import complete
 from dldkit.sfm.teacher.protocol import Targets, Teacher
@@ -245,7 +246,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     }
     audio = batch_size * seconds
     arithmetic = {
-        name: {depth: 2e-9 * macs(step) / audio for depth, step in of.items()}
+        name: {depth: 2e-9 * counted_macs(step) / audio for depth, step in of.items()}
         for name, of in steps.items()
     }
     measured = measure(steps, args.rounds)

@@ -1,12 +1,10 @@
-"""Training steps, their arithmetic, and their times when many kinds take turns."""
+"""Training steps, and their times when many kinds of them take turns."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-
-from dldkit.report.cost import counted_operations
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -22,13 +20,6 @@ def training_step(
     optimizer.zero_grad()
     if parameters[0].is_cuda:
         torch.cuda.synchronize()
-
-
-def macs(run: Callable[[], Any]) -> int:
-    """Count the multiply-accumulates of matrix products and convolutions."""
-    with counted_operations() as counter:
-        run()
-    return counter.get_total_flops() // 2
 
 
 def times_in_turns(

@@ -27,7 +27,7 @@ import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.utils.yaml_no_alias_safe_dump import yaml_no_alias_safe_dump
 from omegaconf import DictConfig, OmegaConf
-from steps import macs, times_in_turns, training_step
+from steps import times_in_turns, training_step
 from tabulate import tabulate
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -38,6 +38,7 @@ from dldkit.bin.merge_config import merge_configs
 from dldkit.depth.sampler import build_sampler
 from dldkit.errors import UserError, report_user_errors
 from dldkit.options import command_parser, positive
+from dldkit.report.cost import counted_macs
 from dldkit.tasks.asr import DLDASRTask
 
 ROOT = Path(__file__).parents[1]
@@ -167,8 +168,8 @@ class System:
         reference = 0
         if getattr(self.model, "reference_path", None) not in (None, "self"):
             frozen = self.model.open_reference()
-            reference = macs(lambda: frozen(**_without_text(self.batch)))
-        forward = macs(partial(self.loss, depth)) - reference
+            reference = counted_macs(lambda: frozen(**_without_text(self.batch)))
+        forward = counted_macs(partial(self.loss, depth)) - reference
         return 3 * forward + reference
 
     def kept_bytes(self) -> int:

@@ -1,8 +1,6 @@
 """What recognition costs: parameters in use, MACs per second, real-time factor."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence, Union
@@ -44,20 +42,23 @@ def parameters_in_use(model: AbsESPnetModel) -> int:
     return sum(p.numel() for p in used)
 
 
-@contextmanager
-def counted_operations() -> Iterator[FlopCounterMode]:
-    """Count the floating-point operations of what runs in this context."""
+def counted_macs(run: Callable[[], Any]) -> int:
+    """Run a function, and count the multiply-accumulates in it.
+
+    Torch's counter sees matrix products and convolutions. Two floating-point operations
+    are one MAC.
+    """
     # the counter does not know the CPU's fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        yield counter
+        run()
+    return counter.get_total_flops() // 2
 
 
 @torch.no_grad()
 def macs(model: AbsESPnetModel, speech: np.ndarray) -> int:
     """Count the multiply-accumulates of one utterance, from the input to CTC.
 
-    Torch's counter sees matrix products and convolutions: the STFT, normalisation
-    and activations are left out. Two floating-point operations are one MAC.
+    See `counted_macs`: the STFT, normalisation and activations are left out.
 
     Args:
         speech: samples ``(Time,)`` or features ``(Time, Dim)``.
@@ -68,18 +69,20 @@ def macs(model: AbsESPnetModel, speech: np.ndarray) -> int:
     parameter = next(model.parameters())
     batch = torch.as_tensor(speech, dtype=parameter.dtype, device=parameter.device)
     lengths = torch.tensor([len(batch)], device=parameter.device)
+
+    def recognise() -> None:
+        encoded, _ = model.encode(batch[None], lengths)
+        if isinstance(encoded, tuple):  # with intermediate CTC outputs
+            encoded = encoded[0]
+        model.ctc.argmax(encoded)
+
     try:
-        with counted_operations() as counter:
-            encoded, _ = model.encode(batch[None], lengths)
-            if isinstance(encoded, tuple):  # with intermediate CTC outputs
-                encoded = encoded[0]
-            model.ctc.argmax(encoded)
+        return counted_macs(recognise)
     except TooShortUttError as error:
         raise UserError(
             f"MACs are counted on an utterance of the test set's median length, but "
             f"that one {error}"
         )
-    return counter.get_total_flops() // 2
 
 
 def macs_of_leaving(recogniser: Any, speech: np.ndarray, depth: int) -> int:
@@ -90,9 +93,8 @@ def macs_of_leaving(recogniser: Any, speech: np.ndarray, depth: int) -> int:
     Args:
         recogniser: a `Speech2Text` of a model with exits.
     """
-    with recogniser.running(depth), counted_operations() as counter:
-        recogniser(speech, exit_threshold=0.0)
-    return counter.get_total_flops() // 2
+    with recogniser.running(depth):
+        return counted_macs(lambda: recogniser(speech, exit_threshold=0.0))
 
 
 def speech_seconds(

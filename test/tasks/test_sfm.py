@@ -513,11 +513,7 @@ def test_two_ranks_grow_as_one_process_does(training, corpus, python, tmp_path):
 
     def arguments(name: str, **more) -> list[str]:
         words = training(tmp_path / name, **changes, **more)
-        config = yaml.safe_load(Path(words[1]).read_text())
-        for part, directory in data.items():
-            config[f"{part}_data_path_and_name_and_type"][0][0] = f"{directory}/wav.scp"
-            config[f"{part}_shape_file"] = [f"{directory}/utt2num_samples"]
-        Path(words[1]).write_text(yaml.safe_dump(config))
+        point_to(data.values(), words)
         return words
 
     command = arguments("two", **gloo)
@@ -696,6 +692,8 @@ class TestCachedTargets:
                 for wav in tmp_path.rglob("*.wav"):
                     wav.unlink()
             exp = tmp_path / name
+            # with SGD: Adam makes a step of rounding where a gradient is zero
+            changes.update(optim="sgd", optim_conf=dict(lr=0.1))
             arguments = training(
                 exp, student_conf=still, batch_type="sorted", **changes
             )
@@ -711,8 +709,7 @@ class TestCachedTargets:
             for key, value in own.items():
                 ours = checkpoint["model"][f"student.feature_extractor.{key}"]
                 assert torch.equal(ours, value)
-        # features are float16; three epochs of updates enlarge the rounding
-        assert losses["features"] == pytest.approx(losses["audio"], rel=1e-2)
+        assert losses["features"] == pytest.approx(losses["audio"], rel=1e-3)
         assert losses["audio"][-1] < losses["audio"][0]
         # the teacher hears what the student does
         loss = teacher_loss(str(tmp_path / "features" / "config.yaml"), str(teacher))

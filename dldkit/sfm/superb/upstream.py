@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModel
 
 from dldkit.errors import UserError
-from dldkit.report.cost import counted_operations
+from dldkit.report.cost import counted_macs
 from dldkit.sfm.pretrained import load_pretrained
 from dldkit.sfm.teacher.hub import weight_files
 from dldkit.sfm.teacher.wave import WAVE_MODELS
@@ -104,8 +104,6 @@ def s3prl_hub() -> ModuleType:
 def cost_of(upstream: Upstream) -> dict[str, int]:
     """Count the parameters, and the multiply-accumulates of SECONDS of audio.
 
-    Torch's counter sees matrix products and convolutions only.
-
     Raises:
         UserError: the model can not be loaded.
     """
@@ -116,7 +114,7 @@ def cost_of(upstream: Upstream) -> dict[str, int]:
         raise UserError(
             f"s3prl can not make its upstream {upstream.name}: {error}"
         ) from error
-    with counted_operations() as counter:
-        model([torch.arange(float(RATE * SECONDS)).sin()])
+    audio = torch.arange(float(RATE * SECONDS)).sin()
+    macs = counted_macs(lambda: model([audio]))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": parameters, "macs": counter.get_total_flops() // 2}
+    return {"parameters": parameters, "macs": macs}
