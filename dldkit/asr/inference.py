@@ -3,6 +3,7 @@
 import logging
 import re
 import tempfile
+import threading
 import zipfile
 from contextlib import AbstractContextManager
 from itertools import groupby
@@ -45,7 +46,8 @@ class GreedyHypothesis(Hypothesis):
 class Speech2Text(espnet_inference.Speech2Text):
     """ESPnet's Speech2Text with run-time depth and batched greedy CTC.
 
-    Every option of ESPnet's class, plus:
+    Requests of several threads can share it: they take turns. Every option of ESPnet's
+    class, plus:
 
     Args:
         beam_size: 1 = greedy CTC; more = ESPnet's beam search.
@@ -79,6 +81,8 @@ class Speech2Text(espnet_inference.Speech2Text):
     ):
         if asr_model_file is None:
             raise UserError("no model to decode with: give --asr_model_file")
+        # ESPnet's attention and position tables keep what they compute in the module
+        self._turn = threading.RLock()
         states = read_checkpoint(asr_model_file)
         try:
             super().__init__(
@@ -137,7 +141,7 @@ class Speech2Text(espnet_inference.Speech2Text):
     ) -> AbstractContextManager[None]:
         """Recognise at another depth, in this thread, while the context lasts.
 
-        So requests at different depths can share one model.
+        So requests of several threads, at different depths, can share one model.
         """
         encoder = self._dynamic_encoder()
         return encoder.running(encoder.choose_layers(depth, layers, self.selector))
@@ -167,7 +171,8 @@ class Speech2Text(espnet_inference.Speech2Text):
         if exit_threshold is not None:
             self._refuse_beam_search()
         if not self.greedy:
-            return super().__call__(speech)
+            with self._turn:
+                return super().__call__(speech)
         if isinstance(speech, (list, tuple)):
             return self.batch_decode(speech, exit_threshold=exit_threshold)
         return self.batch_decode([speech], exit_threshold=exit_threshold)[0]
@@ -178,16 +183,17 @@ class Speech2Text(espnet_inference.Speech2Text):
     ):
         """Recognise a batch; see ESPnet's Speech2Text.batch_decode, and `__call__`."""
         if not self.greedy:
-            return super().batch_decode(speech, speech_lengths)
+            with self._turn:
+                return super().batch_decode(speech, speech_lengths)
         batch = self.padded(speech, speech_lengths)
         # these two lines of an utterance are what ESPnet's calculate_rtf.py reads
         for length in batch["speech_lengths"].tolist():
             logging.info(f"speech length: {length}")
         if exit_threshold is None:
             exit_threshold = self.exit_threshold
-        return [
-            [self._greedy_result(path)] for path in self._paths(batch, exit_threshold)
-        ]
+        with self._turn:
+            paths = self._paths(batch, exit_threshold)
+        return [[self._greedy_result(path)] for path in paths]
 
     def padded(self, speech, speech_lengths=None) -> dict[str, torch.Tensor]:
         """Return a batch of utterances (Samples,) as the model takes it."""

@@ -159,6 +159,18 @@ def test_requests_in_threads_have_their_own_threshold(recogniser, speech):
     assert found[1] == found[2] == [[4] * 4] * 5
 
 
+@pytest.mark.parametrize("beam_size", [1, 2])
+def test_requests_in_threads_do_not_mix(recogniser, speech, beam_size):
+    """ESPnet's attention writes its weights into the module and reads them again."""
+    speech2text = recogniser(beam_size=beam_size)
+    alone = [speech2text(utterance)[0] for utterance in speech]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(speech2text, speech[i % 4]) for i in range(40)]
+        for i, job in enumerate(jobs):
+            assert job.result()[0][:3] == alone[i % 4][:3]
+            assert float(job.result()[0][3].score) == float(alone[i % 4][3].score)
+
+
 class TestDepthProfile:
     @pytest.fixture
     def calibrated(self, recogniser, corpus, tmp_path):
