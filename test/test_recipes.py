@@ -1062,6 +1062,7 @@ def test_the_comparison_of_growing_students(distilled, speech):
     recipe, _, _ = distilled
     words = ["--systems", "full interleave_eql", "--more_seeds", "2"]
     words += ["--more_seeds_for", "full", "--probe_seeds", "0", "--num_threads", "1"]
+    words += ["--learning_rates", "0.00001 0.004", "--grid_epochs", "3"]
     exp = recipe / "exp" / "compare"
     exp.mkdir(parents=True)
     times = dict(depths={"4": 1.0}, schedules=dict(equal=0.75, prop1=0.8))
@@ -1073,10 +1074,10 @@ def test_the_comparison_of_growing_students(distilled, speech):
         for line in (recipe / "README.md").read_text().splitlines()
         if line.startswith("|")
     }
-    assert rows["full"][0] == "2" and rows["full"][2:4] == ["1.00", "1.00"]
-    assert rows["interleave_eql"][0] == "1" and rows["interleave_eql"][3] == "0.75"
-    assert rows["teacher"][:4] == rows["untrained"][:4] == [""] * 4
-    assert 0 < float(rows["teacher"][4]) < 1e-4 and not rows["untrained"][4]
+    assert rows["full"][:2] == ["2", "0.004"] and rows["full"][3:5] == ["1.00", "1.00"]
+    assert rows["interleave_eql"][0] == "1" and rows["interleave_eql"][4] == "0.75"
+    assert rows["teacher"][:5] == rows["untrained"][:5] == [""] * 5
+    assert 0 < float(rows["teacher"][5]) < 1e-4 and not rows["untrained"][5]
     numbers = json.loads((exp / "comparison.json").read_text())
     log = (exp / "sfm_full_seed1" / "train.log").read_text()
     last = re.findall(r"4epoch results: .*\[valid\] .*?\bloss=([0-9.]+)", log)[-1]

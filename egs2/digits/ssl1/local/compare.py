@@ -27,8 +27,12 @@ class Training(NamedTuple):
     """What a finished training took and reached."""
 
     seconds: float  # of its training steps; an interruption does not count
-    loss: float  # of validation, after the last epoch, at full depth
+    loss: float  # of validation, after the last epoch; with exits, the mean over them
     loss_at: dict[int, float]  # the same at each depth, if there are exits
+
+    @property
+    def loss_at_full_depth(self) -> float:
+        return self.loss_at[max(self.loss_at)] if self.loss_at else self.loss
 
 
 def read_training(exp: Path) -> Training:
@@ -39,7 +43,7 @@ def read_training(exp: Path) -> Training:
     """
     checkpoint = exp / "checkpoint.pth"
     if not checkpoint.is_file():
-        raise UserError(f"{checkpoint} is missing: run stage 2 again")
+        raise UserError(f"{checkpoint} is missing: run stage 3 again")
     reporter = Reporter()
     states = torch.load(checkpoint, map_location="cpu", weights_only=True)
     reporter.load_state_dict(states["reporter"])
@@ -53,9 +57,24 @@ def read_training(exp: Path) -> Training:
         for name, value in valid.items()
         if name.startswith(prefix)
     }
-    # with exits, `loss` is the mean over them
-    loss = loss_at[max(loss_at)] if loss_at else float(valid["loss"])
-    return Training(seconds, loss, loss_at)
+    return Training(seconds, float(valid["loss"]), loss_at)
+
+
+def learning_rate(exp: Path) -> float:
+    """Return the peak rate of an experiment."""
+    config = yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
+    return config["optim_conf"]["lr"]
+
+
+def grid_losses(expdir: Path, system: str) -> dict[float, float]:
+    """Return the validation losses of a system's short trainings, by learning rate."""
+    exps = expdir.glob(f"sfm_{system}_lr*_seed*")
+    return {
+        rate: loss
+        for rate, loss in sorted(
+            (learning_rate(exp), read_training(exp).loss) for exp in exps
+        )
+    }
 
 
 def step_time(exp: Path, measured: dict) -> Optional[float]:
@@ -84,6 +103,7 @@ def read_json(path: Path) -> dict:
 def table(
     trainings: dict[str, list[Training]],
     losses: dict[str, list[float]],
+    rates: dict[str, float],
     step_times: dict[str, Optional[float]],
     scores: dict[str, list[dict[str, list[float]]]],
     teacher_loss: Optional[float] = None,
@@ -93,34 +113,60 @@ def table(
     Args:
         trainings: of each system, one for each seed.
         losses: of each row that was trained, one for each seed.
+        rates: of each system, the learning rate.
         step_times: of each system, the ratio to `full`, if it was measured.
         scores: of each row's upstreams, each score with every seed of the probe.
         teacher_loss: its own loss on the student's input.
     """
-    heads = ["trainings", "time of training (s)", "ratio to full", "step time"]
-    heads += ["validation loss", *SCORES.values()]
+    heads = ["trainings", "learning rate", "time of training (s)", "ratio to full"]
+    heads += ["step time", "validation loss", *SCORES.values()]
     rows = []
     full = trainings.get("full")
     for name, upstreams in scores.items():
-        cells = [""] * 5
+        cells = [""] * 6
         if name == "teacher" and teacher_loss is not None:
-            cells[4] = f"{teacher_loss:.1e}"
+            cells[5] = f"{teacher_loss:.1e}"
         if name in trainings:
             runs = trainings[name]
             seconds = [run.seconds for run in runs]
-            cells = [str(len(runs)), spread(seconds, 0), "", "", ""]
+            cells[:3] = str(len(runs)), str(rates[name]), spread(seconds, 0)
             if full:
                 reference = statistics.mean(run.seconds for run in full)
-                cells[2] = f"{statistics.mean(seconds) / reference:.2f}"
+                cells[3] = f"{statistics.mean(seconds) / reference:.2f}"
             if step_times[name] is not None:
-                cells[3] = f"{step_times[name]:.2f}"
+                cells[4] = f"{step_times[name]:.2f}"
         if name in losses:
-            cells[4] = spread(losses[name], 4)
+            cells[5] = spread(losses[name], 4)
         for score in SCORES:
             values = [value for upstream in upstreams for value in upstream[score]]
             cells.append(spread(values, 1))
         rows.append([name, *cells])
     return markdown(" | ".join(["system", *heads]), rows)
+
+
+def grid_table(losses: dict[str, dict[float, float]]) -> list[str]:
+    """Return the lines of a table of the short trainings; nothing if there are none.
+
+    Args:
+        losses: of each system, by learning rate.
+    """
+    rates = sorted({rate for row in losses.values() for rate in row})
+    if not rates:
+        return []
+    rows = [
+        [system, *(f"{row[rate]:.4f}" if rate in row else "" for rate in rates)]
+        for system, row in losses.items()
+    ]
+    heads = " | ".join(["learning rate", *map(str, rates)])
+    text = (
+        "The learning rate is the one with the lowest validation loss in trainings of "
+    )
+    return [
+        f"{text}fewer epochs (with exits, the mean over them):",
+        "",
+        markdown(heads, rows),
+        "",
+    ]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -146,19 +192,21 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     measured = read_json(Path(args.step_times))
     trainings: dict[str, list[Training]] = {}
     losses: dict[str, list[float]] = {}
+    rates: dict[str, float] = {}
     step_times: dict[str, Optional[float]] = {}
     scores = {
         name: [probed[name]] for name in ("teacher", "untrained") if name in probed
     }
     for run in args.runs:
         if run not in probed:
-            raise UserError(f"{run} has no probe scores: run stage 3 again")
+            raise UserError(f"{run} has no probe scores: run stage 4 again")
         system = run.rpartition("_seed")[0]
         exp = expdir / f"sfm_{run}"
         training = read_training(exp)
         trainings.setdefault(system, []).append(training)
         step_times[system] = step_time(exp, measured)
-        losses.setdefault(system, []).append(training.loss)
+        rates[system] = learning_rate(exp)
+        losses.setdefault(system, []).append(training.loss_at_full_depth)
         scores.setdefault(system, []).append(probed[run])
         for name in probed:
             if name.startswith(f"{run}_depth"):
@@ -176,8 +224,9 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         "the ratio to full that bench/step_time.py measures side by side. The "
         "teacher's loss is its own on what the students hear.",
         "",
-        table(trainings, losses, step_times, scores, teacher_loss),
+        table(trainings, losses, rates, step_times, scores, teacher_loss),
         "",
+        *grid_table({system: grid_losses(expdir, system) for system in trainings}),
         f"Made by `{args.command.strip()}` on {date.today()} with espnet "
         f"{espnet.__version__}, torch {torch.__version__}, Python "
         f"{platform.python_version()}, on CPU.",
@@ -185,6 +234,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     numbers = {
         name: {
             "trainings": [run._asdict() for run in trainings.get(name, [])],
+            "learning_rates": grid_losses(expdir, name),
             "scores": scores[name],
         }
         for name in scores

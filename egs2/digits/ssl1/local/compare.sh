@@ -4,29 +4,33 @@
 #
 #   local/compare.sh [--option value]...
 #
-# Every system is trained with its seeds, exported at full depth and at its exits, probed,
-# and put into a table of README.md beside the teacher and an untrained student. Each run
-# has a directory of its own: run the command again after an interruption.
+# Every system is trained with its seeds, at the learning rate that short trainings of its
+# own say, exported at full depth and at its exits, probed, and put into a table of
+# README.md beside the teacher and an untrained student. Each run has a directory of its
+# own: run the command again after an interruption.
 #
 # Stages:
-#    1 data and cached targets    3 probe scores
-#    2 trainings                  4 table
+#    1 data and cached targets    3 trainings       5 table
+#    2 learning rates             4 probe scores
 [ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 
 ## General
 stage=1  # first stage to run
-stop_stage=4  # last stage to run
-systems="full interleave_eql interleave_prop1 stackbert gradstack midas every_depth static9 static6 static3"  # to compare, full first
+stop_stage=5  # last stage to run
+systems="full interleave_eql interleave_prop1 stackbert stackbert_last gradstack gradstack_last midas midas_last every_depth static9 static6 static3"  # to compare, full first
 seeds="1"  # seeds of every training
 more_seeds="2 3"  # further seeds of --more_seeds_for
-more_seeds_for="full interleave_eql"  # systems that are trained with these as well
+more_seeds_for="full interleave_eql gradstack every_depth static9 static6 static3"  # systems that are trained with these as well
+learning_rates="0.001 0.002 0.004"  # that stage 2 tries for each system; empty: that of the config
+grid_epochs=10  # epochs of stage 2's trainings; their lowest validation loss decides
 probe_seeds="0 1 2"  # seeds of the probe's heads
 nj=2  # trainings at a time; two systems side by side see the same machine
 num_threads=1  # threads of each training
 expdir=exp/compare  # directory of all runs
 step_times=  # what bench/step_time.py wrote; empty: step_time.json in expdir, if there
-run_opts=  # more options of run.sh for every run, e.g. "--sfm_args '--max_epoch 20'"
+sfm_args=  # more options of every training, e.g. "--max_epoch 20"
+run_opts=  # more options of run.sh for every run, e.g. "--local_data_opts '--unlabelled none'"
 
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "${recipe}"
@@ -38,11 +42,23 @@ cd "${recipe}"
 . ./db.sh
 
 run_recipe() { # run_recipe RUN [options of run.sh]...
-    local run=$1
+    local run=$1 system=${1%_seed*}
     shift
     eval "set -- ${run_opts} $(printf '%q ' "$@")"
     ./run.sh --expdir "${expdir}" --ngpu 0 --num_threads "${num_threads}" \
-        --system "${run%_seed*}" --seed "${run##*_seed}" --sfm_tag "${run}" "$@"
+        --system "${system%_lr*}" --seed "${run##*_seed}" --sfm_tag "${run}" "$@"
+}
+
+start() { # start RUN [options of run.sh]...: in the background, once a place is free
+    local run=$1
+    while [ "$(jobs -pr | wc -l)" -ge "${nj}" ]; do wait -n || failed=true; done
+    log "${run}"
+    run_recipe "$@" >>"${expdir}/log/${run}.log" 2>&1 &
+}
+
+wait_for_all() {
+    while [ -n "$(jobs -pr)" ]; do wait -n || failed=true; done
+    if "${failed}"; then die "a training failed: see the logs in ${expdir}/log"; fi
 }
 
 runs=() # SYSTEM_seedSEED
@@ -63,19 +79,30 @@ if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
     log "Stage 1: data and cached targets"
     run_recipe "${runs[0]}" --stage 1 --stop_stage 10
 fi
-if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ]; then
-    log "Stage 2: ${#runs[@]} trainings, ${nj} at a time, logs in ${expdir}/log"
-    for run in "${runs[@]}"; do
-        while [ "$(jobs -pr | wc -l)" -ge "${nj}" ]; do wait -n || failed=true; done
-        log "${run}"
-        run_recipe "${run}" --stage 11 --stop_stage 12 \
-            >>"${expdir}/log/${run}.log" 2>&1 &
+if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ] && [ -n "${learning_rates}" ]; then
+    log "Stage 2: learning rates, trainings of ${grid_epochs} epochs"
+    for system in ${systems}; do
+        for rate in ${learning_rates}; do
+            start "${system}_lr${rate}_seed${seeds%% *}" --stage 11 --stop_stage 11 \
+                --sfm_args "${sfm_args} --max_epoch ${grid_epochs} --optim_conf lr=${rate}"
+        done
     done
-    while [ -n "$(jobs -pr)" ]; do wait -n || failed=true; done
-    if "${failed}"; then die "a training failed: see the logs in ${expdir}/log"; fi
+    wait_for_all
 fi
 if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
-    log "Stage 3: probe scores of the teacher, an untrained student and all students"
+    log "Stage 3: ${#runs[@]} trainings, ${nj} at a time, logs in ${expdir}/log"
+    for run in "${runs[@]}"; do
+        rate_args=
+        if [ -n "${learning_rates}" ]; then
+            rate=$(python3 local/learning_rate.py "${expdir}" "${run%_seed*}")
+            rate_args="--optim_conf lr=${rate}"
+        fi
+        start "${run}" --stage 11 --stop_stage 12 --sfm_args "${sfm_args} ${rate_args}"
+    done
+    wait_for_all
+fi
+if [ "${stage}" -le 4 ] && [ "${stop_stage}" -ge 4 ]; then
+    log "Stage 4: probe scores of the teacher, an untrained student and all students"
     [ -n "${TEACHER}" ] || die "set TEACHER, see db.sh"
     python3 local/untrained.py "${expdir}/sfm_${runs[0]}/config.yaml" \
         "${expdir}/untrained"
@@ -90,8 +117,8 @@ if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
         --strings dump/raw/strings_train dump/raw/strings_test \
         --seeds "${probe_seeds}" --output_dir "${expdir}/probe"
 fi
-if [ "${stage}" -le 4 ] && [ "${stop_stage}" -ge 4 ]; then
-    log "Stage 4: table in README.md"
+if [ "${stage}" -le 5 ] && [ "${stop_stage}" -ge 5 ]; then
+    log "Stage 5: table in README.md"
     python3 local/compare.py --expdir "${expdir}" --runs "${runs[@]}" \
         --step_times "${step_times:-${expdir}/step_time.json}" --readme README.md \
         --command "local/compare.sh${*:+ $(printf '%q ' "$@")}"
