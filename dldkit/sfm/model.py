@@ -31,7 +31,7 @@ class SFMDistillModel(AbsESPnetModel):
 
     With `exits`, the loss is the mean over the depth that a step runs and the exits
     below it (as early exit does in ASR: arXiv 2309.09546). Each learns all teacher
-    layers.
+    layers. With `second_teacher`, it is the mean over both teachers.
 
     Args:
         student_conf: keys of `transformers.HubertConfig`.
@@ -65,6 +65,11 @@ class SFMDistillModel(AbsESPnetModel):
             that is none has the projections of the next exit.
         teacher_size: dimension of its hidden states; null = ask the teacher.
         normalize: bring speech to zero mean and unit variance; null = as the teacher.
+        second_teacher: another one that is learnt as well, as `teacher`, but no cached
+            targets: it runs beside the student. The same layers of the student carry
+            the layers of both.
+        second_layers: which of its layers are learnt, as many as `teacher_layers`.
+        second_size: dimension of its hidden states; null = ask it.
 
     Raises:
         UserError: for options that are out of range or do not fit each other.
@@ -93,6 +98,9 @@ class SFMDistillModel(AbsESPnetModel):
         target_norm: str = "none",
         carried_by: str = "position",
         layer_init: Optional[Sequence[int]] = None,
+        second_teacher: Optional[str] = None,
+        second_layers: Optional[Sequence[Union[int, Sequence[int]]]] = None,
+        second_size: Optional[int] = None,
     ):
         super().__init__()
         if cnn_init not in (None, "teacher"):
@@ -104,7 +112,7 @@ class SFMDistillModel(AbsESPnetModel):
         sampler = build_sampler(depth_sampler, keep_prob, min_depth, layer_choice)
         self.student = build_student(student_conf, sampler)
         self.layer_init = list(layer_init or ())
-        num_layers = self.student.config.num_hidden_layers
+        self.num_layers = num_layers = self.student.config.num_hidden_layers
         if len(self.layer_init) > num_layers or any(n < 1 for n in self.layer_init):
             raise UserError(
                 f"layer_init {self.layer_init}: list teacher layers from 1, for "
@@ -113,19 +121,26 @@ class SFMDistillModel(AbsESPnetModel):
         self.selector = layer_choice if layer_choice in SELECTORS else "even"
         self.exits = depths_of_exits(exits, num_layers, layer_choice)
 
-        def new_loss() -> HiddenStateLoss:
+        def new_loss(size: int, layers: Sequence) -> HiddenStateLoss:
+            student_size = self.student.config.hidden_size
             return HiddenStateLoss(
-                self.student.config.hidden_size,
-                teacher_size,
-                teacher_layers,
-                layer_weight,
-                loss,
-                target_norm,
+                student_size, size, layers, layer_weight, loss, target_norm
             )
 
-        self.loss = new_loss()
+        self.loss = new_loss(teacher_size, teacher_layers)
         self.exit_losses = torch.nn.ModuleDict(
-            {str(depth): new_loss() for depth in self.exits}
+            {str(depth): new_loss(teacher_size, teacher_layers) for depth in self.exits}
+        )
+        if second_teacher and len(second_layers) != len(teacher_layers):
+            raise UserError(
+                f"second_layers {list(second_layers)}: list as many as teacher_layers "
+                f"{list(teacher_layers)}, as the same layers of the student carry them"
+            )
+        self.second_losses = torch.nn.ModuleDict(
+            {
+                str(depth): new_loss(second_size, second_layers)
+                for depth in ([*self.exits, num_layers] if second_teacher else ())
+            }
         )
         self.student_layers = _checked(student_layers or {}, len(teacher_layers))
         self.carried_by = carried_by
@@ -135,10 +150,12 @@ class SFMDistillModel(AbsESPnetModel):
         if freeze_cnn:
             self.student.feature_extractor._freeze_parameters()
         self.teacher_path = teacher
+        self.second_path = second_teacher
         # No submodule on purpose: the teacher stays out of the state dict, the
         # optimiser and averaging. It is opened at the first step, so export does
         # without it.
         self._teacher: Optional[Teacher] = None
+        self._second: Optional[Teacher] = None
         self._shares_cnn = False
         self._loaded: set[torch.nn.Module] = set()
         for part in (self.student.feature_extractor, self.student.encoder.layers):
@@ -179,13 +196,16 @@ class SFMDistillModel(AbsESPnetModel):
         known = {}
         if isinstance(teacher, CachedTeacher):
             known = dict(targets=targets, targets_lengths=targets_lengths)
-        if clean is not None:
-            heard = clean[:, : speech.size(1)], speech_lengths
-        elif self._shares_cnn:
+        utts = kwargs.get("utt_id")
+        sound = speech if clean is None else clean[:, : speech.size(1)]
+        heard = sound, speech_lengths
+        if self._shares_cnn and clean is None:
             heard = features, lengths
-        else:
-            heard = speech, speech_lengths
-        expected, expected_lengths = teacher(*heard, kwargs.get("utt_id"), **known)
+        expected, expected_lengths = teacher(*heard, utts, **known)
+        if self._second is not None:
+            second, second_lengths = self._second(sound, speech_lengths, utts)
+            expected = [*expected, *second]
+            expected_lengths = torch.minimum(expected_lengths, second_lengths)
         states = hidden_states(self.student, features, lengths)
         states, expected, lengths = trim(states, lengths, expected, expected_lengths)
         depth = len(states) - 1
@@ -210,12 +230,20 @@ class SFMDistillModel(AbsESPnetModel):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of the first `depth` layers that run, and its parts."""
         exit_ = next((exit_ for exit_ in self.exits if exit_ >= depth), None)
-        loss = self.loss if exit_ is None else self.exit_losses[str(exit_)]
+        losses = {"": self.loss if exit_ is None else self.exit_losses[str(exit_)]}
+        if self.second_losses:
+            losses["second_"] = self.second_losses[str(exit_ or self.num_layers)]
         layers = self.student_layers.get(depth)
         if layers is None and self.carried_by == "last":
-            layers = [depth] * len(expected)
+            layers = [depth] * len(self.loss.groups)
         states = states_of_depth(self.student, states, depth)
-        return loss(states, expected, lengths, layers)
+        rest, values, stats = iter(expected), [], {}
+        for prefix, loss in losses.items():
+            targets = [next(rest) for _ in loss.teacher_layers]
+            value, parts = loss(states, targets, lengths, layers)
+            values.append(value)
+            stats.update({prefix + name: part for name, part in parts.items()})
+        return sum(values) / len(values), stats
 
     def cnn_features(
         self, speech: torch.Tensor, speech_lengths: torch.Tensor
@@ -253,7 +281,7 @@ class SFMDistillModel(AbsESPnetModel):
         return {"feats": speech, "feats_lengths": speech_lengths}
 
     def open_teacher(self, device: torch.device) -> Teacher:
-        """Open the teacher at its first use, and take over the weights that are asked.
+        """Open the teachers at the first use, and take over the weights that are asked.
 
         Raises:
             UserError: when it can not be loaded, or its weights do not fit.
@@ -270,6 +298,9 @@ class SFMDistillModel(AbsESPnetModel):
             ):
                 self._copy_cnn()
             self._shares_cnn = self.freeze_cnn and self._has_the_teachers_cnn()
+            if self.second_path:
+                layers = self.second_losses[str(self.num_layers)].teacher_layers
+                self._second = open_teacher(self.second_path, layers, device)
         return self._teacher
 
     def _remember_loading(self, part: torch.nn.Module, _: Any) -> None:

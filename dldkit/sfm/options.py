@@ -57,29 +57,76 @@ def usual_layers(info: TeacherInfo) -> list[int]:
 
 
 def complete(model_conf: dict[str, Any]) -> dict[str, Any]:
-    """Return the options with those filled in that the teacher decides."""
-    needed = ("teacher_layers", "teacher_size", "normalize")
-    if all(model_conf.get(key) is not None for key in needed):
+    """Return the options with those filled in that the teachers decide."""
+    names = dict(
+        teacher_layers="teacher_layers",
+        teacher_size="teacher_size",
+        normalize="normalize",
+    )
+    completed = _completed(model_conf, "teacher", names)
+    if model_conf.get("second_teacher"):
+        names = dict(teacher_layers="second_layers", teacher_size="second_size")
+        completed = _completed(completed, "second_teacher", names)
+    return completed
+
+
+def _completed(
+    model_conf: dict[str, Any], option: str, names: dict[str, str]
+) -> dict[str, Any]:
+    """Fill in what the teacher that `option` names decides.
+
+    Args:
+        names: the options of what is filled in.
+    """
+    if all(model_conf.get(name) is not None for name in names.values()):
         return model_conf
-    teacher = named_teacher(model_conf)
+    teacher = named_teacher(model_conf) if option == "teacher" else model_conf[option]
     info = teacher_info(teacher)
-    found = dict(
+    known = dict(
         teacher_layers=usual_layers(info),
         teacher_size=info.hidden_size,
         normalize=info.normalize,
     )
+    found = {name: known[key] for key, name in names.items()}
     given = {k: v for k, v in model_conf.items() if v is not None}
     completed = {**model_conf, **found, **given}
-    layers = completed["teacher_layers"]
+    layers = completed[names["teacher_layers"]]
     logging.info(f"layers {layers} of {info.num_layers} of the teacher {teacher}")
     deepest = max(flat_layers(layers), default=info.num_layers)
     if deepest < info.num_layers:
         logging.warning(
-            f"teacher_layers {layers}: the teacher {teacher} has {info.num_layers} "
-            f"layers, of which those above {deepest} are not learnt; leave "
-            "teacher_layers out to learn its output"
+            f"{names['teacher_layers']} {layers}: the teacher {teacher} has "
+            f"{info.num_layers} layers, of which those above {deepest} are not learnt; "
+            f"leave {names['teacher_layers']} out to learn its output"
         )
     return completed
+
+
+def refuse_unfit_second(model_conf: dict[str, Any], cached_features: bool) -> None:
+    """Refuse a second teacher that can not hear what the first one does.
+
+    Raises:
+        UserError: saying what does not fit.
+    """
+    second = model_conf.get("second_teacher")
+    if not second:
+        return
+    info, first = teacher_info(second), teacher_info(named_teacher(model_conf))
+    if info.layers is not None:
+        raise UserError(
+            f"second_teacher {second} is a directory of cached targets: only the "
+            "first teacher can be cached; name the model"
+        )
+    if info.sampling_rate != first.sampling_rate:
+        raise UserError(
+            f"second_teacher {second} takes {info.sampling_rate} Hz, but the first "
+            f"teacher {first.sampling_rate} Hz: choose one of that rate"
+        )
+    if cached_features:
+        raise UserError(
+            f"second_teacher {second} hears the audio, which cached_features: true "
+            "does not read: set it to false, or leave second_teacher out"
+        )
 
 
 def follow_copies(

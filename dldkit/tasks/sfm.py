@@ -31,6 +31,7 @@ from dldkit.sfm.options import (
     named_teacher,
     refuse_lost_layers,
     refuse_own_cnn,
+    refuse_unfit_second,
 )
 from dldkit.sfm.teacher.cached import is_cached
 from dldkit.sfm.teacher.opening import teacher_info, weight_files
@@ -129,8 +130,11 @@ class SFMDistillTask(TrainerChoice, AbsTask):
         """Return what adds noise and reverberation for the student, in training."""
         if not train or not (args.noise_scp or args.rir_scp):
             return None
-        keep_clean = not is_cached(named_teacher(args.model_conf))
-        return NoisySpeech(keep_clean, **{name: getattr(args, name) for name in NOISE})
+        conf = args.model_conf
+        keep_clean = not is_cached(named_teacher(conf)) or conf.get("second_teacher")
+        return NoisySpeech(
+            bool(keep_clean), **{name: getattr(args, name) for name in NOISE}
+        )
 
     @classmethod
     def required_data_names(
@@ -174,6 +178,7 @@ class SFMDistillTask(TrainerChoice, AbsTask):
             args.train_data_path_and_name_and_type,
             args.valid_data_path_and_name_and_type,
         )
+        refuse_unfit_second(args.model_conf, args.cached_features)
         command = "sfm_collect_targets"
         if not args.collect_stats and is_cached(teacher):
             read_in_training(args, Path(teacher), TARGETS, command)
@@ -199,6 +204,11 @@ class SFMDistillTask(TrainerChoice, AbsTask):
 
     @classmethod
     def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
-        """Return the files of the teacher's weights, where it is a local one."""
-        found = weight_files(named_teacher(args.model_conf))
-        return {f"teacher {path.name}": path for path in found}
+        """Return the files of the teachers' weights, where they are local ones."""
+        found = {
+            f"teacher {path.name}": path
+            for path in weight_files(named_teacher(args.model_conf))
+        }
+        if second := args.model_conf.get("second_teacher"):
+            found |= {f"second teacher {p.name}": p for p in weight_files(second)}
+        return found

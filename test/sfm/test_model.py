@@ -701,3 +701,43 @@ def test_refuses_layers_of_another_kind(make, wave_teacher, whisper_teacher, bat
             make(path, TWIN, layer_init=[1])(**batch)
     with pytest.raises(UserError, match=r"has the layers 0 .* to 3 .*not \[4\]"):
         make(wave_teacher()[1], TWIN, layer_init=[4])(**batch)
+
+
+@pytest.mark.parametrize("options", [{}, dict(exits=[2], layer_choice="prefix")])
+def test_two_teachers_are_learnt_at_once(
+    make, wave_teacher, whisper_teacher, batch, options
+):
+    """The loss is the mean of what it is with each of them, at each exit."""
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    first, other = wave_teacher("wavlm")[1], whisper_teacher(WhisperEncoder)[1]
+    second = dict(second_layers=[1, 2, 3], second_size=16)
+    both = make(first, second_teacher=str(other), **second, **options).eval()
+    loss, stats, _ = both(**batch)
+    alone = {}
+    for path in (first, other):
+        model = make(path, **options).eval()
+        states = both.state_dict()
+        if path == other:  # its projections, where the first teacher's are
+            for name in list(states):
+                if name.startswith("second_losses"):
+                    depth, rest = name.removeprefix("second_losses.").split(".", 1)
+                    own = "loss" if depth == "4" else f"exit_losses.{depth}"
+                    states[f"{own}.{rest}"] = states[name]
+        own = {k: v for k, v in states.items() if not k.startswith("second_losses")}
+        model.load_state_dict(own)
+        alone[path] = model(**batch)
+    mean = (alone[first][0] + alone[other][0]) / 2
+    assert loss.item() == pytest.approx(mean.item(), rel=1e-5)
+    assert abs(alone[first][0] - alone[other][0]) > 0.01 * loss
+    for name in ("loss_output", "loss_layer1", "loss_layer3"):
+        assert stats[name] == pytest.approx(alone[first][1][name].item(), rel=1e-5)
+        own = stats[f"second_{name}"]
+        assert own == pytest.approx(alone[other][1][name].item(), rel=1e-5)
+    losses = train(both, batch, 5)
+    assert losses[-1] < losses[0]
+
+
+def test_refuses_a_second_teacher_of_fewer_layers(make):
+    with pytest.raises(UserError, match="list as many as teacher_layers"):
+        make("a", second_teacher="b", second_layers=[1, 2], second_size=16)

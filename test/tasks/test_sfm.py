@@ -59,9 +59,9 @@ CONFIG = dict(
 )
 
 
-def save_teacher(directory: Path, rate: int = RATE) -> Path:
+def save_teacher(directory: Path, rate: int = RATE, **sizes: int) -> Path:
     torch.manual_seed(0)
-    config = {**SIZES, "hidden_size": 16, "num_hidden_layers": 6}
+    config = {**SIZES, "hidden_size": 16, "num_hidden_layers": 6, **sizes}
     HubertModel(HubertConfig(**config)).save_pretrained(directory)
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, sampling_rate=rate)
     extractor.save_pretrained(directory)
@@ -753,6 +753,33 @@ class TestCachedTargets:
         changes = dict(model_conf=conf, cached_features=True, noise_scp=noise)
         last = error_of(training(tmp_path / "exp", **changes), capsys)
         assert f"{noise}: with cached_features: true no audio is read" in last
+
+    def test_a_second_teacher_runs_beside_them(
+        self, training, corpus, teacher, tmp_path, capsys
+    ):
+        both = [corpus.train, corpus.dev], tmp_path / "cache"
+        collect_targets(teacher, [3, 6], *both, features=True)
+        other = save_teacher(tmp_path / "other", hidden_size=12, num_hidden_layers=4)
+        conf = dict(teacher=str(both[1]), second_teacher=str(other))
+        whole = dict(max_seconds=9.0, fs=RATE)
+        exp, changes = tmp_path / "exp", dict(collate_fn_conf=whole)
+        changes["model_conf"] = {**conf, "second_layers": [2, 4]}
+        main(training(exp, noise_scp=save_noise(tmp_path), **changes))
+        config = yaml.safe_load((exp / "config.yaml").read_text())
+        assert config["model_conf"]["second_size"] == 12
+        epochs = load(exp / "checkpoint.pth")["reporter"]["stats"]
+        for name in ("loss_layer3", "second_loss_layer2"):
+            assert epochs[3]["valid"][name] < epochs[1]["valid"][name]
+        changes["model_conf"] = {**conf, "cnn_init": "teacher", "freeze_cnn": True}
+        last = error_of(training(exp, cached_features=True, **changes), capsys)
+        assert f"second_teacher {other} hears the audio" in last
+        changes["model_conf"] = dict(conf, second_teacher=conf["teacher"])
+        last = error_of(training(exp, **changes), capsys)
+        assert "only the first teacher can be cached" in last
+        faster = save_teacher(tmp_path / "faster", 16000)
+        changes["model_conf"] = dict(conf, second_teacher=str(faster))
+        last = error_of(training(exp, **changes), capsys)
+        assert "takes 16000 Hz, but the first teacher 8000 Hz" in last
 
     def test_of_other_audio_are_refused_in_one_line(
         self, training, corpus, teacher, tmp_path, capsys
