@@ -1068,24 +1068,36 @@ def test_the_comparison_of_growing_students(distilled, speech):
     times = dict(depths={"4": 1.0}, schedules=dict(equal=0.75, prop1=0.8))
     (exp / "step_time.json").write_text(json.dumps(times))
     words += ["--run_opts", f"--local_data_opts '{SMALL} --num_probe_test 6'"]
-    shell("local/compare.sh", *words, cwd=recipe, env=environment(**speech))
-    rows = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:]]
-        for line in (recipe / "README.md").read_text().splitlines()
-        if line.startswith("|")
-    }
-    assert rows["full"][:2] == ["2", "0.004"] and rows["full"][3:5] == ["1.00", "1.00"]
-    assert rows["interleave_eql"][0] == "1" and rows["interleave_eql"][4] == "0.75"
-    assert rows["teacher"][:5] == rows["untrained"][:5] == [""] * 5
-    assert 0 < float(rows["teacher"][5]) < 1e-4 and not rows["untrained"][5]
-    numbers = json.loads((exp / "comparison.json").read_text())
+    command = ["local/compare.sh", *words]
+    shell(*command, cwd=recipe, env=environment(**speech))
+
+    def rows() -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for line in (recipe / "README.md").read_text().splitlines():
+            if line.startswith("|"):
+                name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+                found.setdefault(name, cells)
+        return found
+
+    first = rows()
+    assert first["full"][:3] == ["2", "0.004", "1.00"]
+    assert first["interleave_eql"][0] == "1" and first["interleave_eql"][2] == "0.75"
+    assert first["teacher"][:3] == first["untrained"][:3] == [""] * 3
+    assert 0 < float(first["teacher"][3]) < 1e-4 and not first["untrained"][3]
+    assert first["learning rate"] == ["1e-05", "0.004"]
+    result = json.loads((recipe / "results" / "full_seed1.json").read_text())
     log = (exp / "sfm_full_seed1" / "train.log").read_text()
     last = re.findall(r"4epoch results: .*\[valid\] .*?\bloss=([0-9.]+)", log)[-1]
-    assert numbers["full"]["trainings"][0]["loss"] == pytest.approx(
-        float(last), rel=0.01
-    )
-    for scores in numbers.values():
-        for values in scores["scores"]:
-            assert all(
-                0 <= v for score in values if "path" != score for v in values[score]
-            )
+    assert result["loss"]["4"] == pytest.approx(float(last), rel=0.01)
+    for file in (recipe / "results").glob("*_seed*.json"):
+        for scores in json.loads(file.read_text())["scores"].values():
+            assert all(value >= 0 for values in scores.values() for value in values)
+    # elsewhere, what is recorded is not trained again, and its learning rate is known
+    for run in ("full_seed1", "interleave_eql_seed1", "full_lr0.004_seed1"):
+        shutil.rmtree(exp / f"sfm_{run}")
+    (recipe / "results" / "full_seed2.json").unlink()
+    shell(*command, cwd=recipe, env=environment(**speech))
+    again = rows()
+    assert again == first
+    assert not (exp / "sfm_full_lr0.004_seed1").exists()
+    assert not (exp / "sfm_full_seed1" / "checkpoint.pth").exists()

@@ -14,7 +14,7 @@ from dldkit.sfm.teacher.cached import CachedTeacher
 from dldkit.sfm.teacher.opening import open_teacher
 from dldkit.tasks.sfm import SFMDistillTask
 
-ENOUGH = 100  # utterances
+ENOUGH = 32  # utterances
 
 
 @torch.no_grad()

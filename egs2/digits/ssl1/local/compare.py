@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put the comparison table of compare.sh between two marks of the README."""
+"""Record the runs of compare.sh, and make its table; see there."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import platform
 import statistics
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 import yaml
@@ -15,75 +15,69 @@ from espnet2.train.reporter import Reporter
 
 from dldkit.errors import UserError, report_user_errors
 from dldkit.report.tables import markdown, put_between_marks, spread
+from dldkit.step import atomic
 
 SCORES = {
     "digit_accuracy": "digits, accuracy %",
     "speaker_accuracy": "speakers, accuracy %",
     "digit_string_wer": "digit strings, WER %",
 }
+MODELS = ("teacher", "untrained")  # rows of no training
 
 
-class Training(NamedTuple):
-    """What a finished training took and reached."""
-
-    seconds: float  # of its training steps; an interruption does not count
-    loss: float  # of validation, after the last epoch; with exits, the mean over them
-    loss_at: dict[int, float]  # the same at each depth, if there are exits
-
-    @property
-    def loss_at_full_depth(self) -> float:
-        return self.loss_at[max(self.loss_at)] if self.loss_at else self.loss
-
-
-def read_training(exp: Path) -> Training:
-    """Read it from the experiment's checkpoint.
+def validation(exp: Path) -> dict[str, float]:
+    """Return what validation said after the last epoch.
 
     Raises:
-        UserError: there is none.
+        UserError: the training has no checkpoint.
     """
     checkpoint = exp / "checkpoint.pth"
     if not checkpoint.is_file():
-        raise UserError(f"{checkpoint} is missing: run stage 3 again")
+        raise UserError(f"{checkpoint} is missing: train again")
     reporter = Reporter()
     states = torch.load(checkpoint, map_location="cpu", weights_only=True)
     reporter.load_state_dict(states["reporter"])
-    seconds = sum(
-        epoch["train"]["time"].total_seconds() for epoch in reporter.stats.values()
-    )
-    valid = reporter.stats[reporter.get_epoch()]["valid"]
-    prefix = "loss_depth"
-    loss_at = {
-        int(name.removeprefix(prefix)): float(value)
-        for name, value in valid.items()
-        if name.startswith(prefix)
-    }
-    return Training(seconds, float(valid["loss"]), loss_at)
+    last = reporter.stats[reporter.get_epoch()]["valid"]
+    return {k: float(v) for k, v in last.items() if k.startswith("loss")}
 
 
-def learning_rate(exp: Path) -> float:
-    """Return the peak rate of an experiment."""
-    config = yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
-    return config["optim_conf"]["lr"]
+def read_config(exp: Path) -> dict[str, Any]:
+    """Return the config of an experiment."""
+    return yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
 
 
-def grid_losses(expdir: Path, system: str) -> dict[float, float]:
+def grid_losses(expdir: Path, system: str) -> dict[str, float]:
     """Return the validation losses of a system's short trainings, by learning rate."""
     exps = expdir.glob(f"sfm_{system}_lr*_seed*")
-    return {
-        rate: loss
-        for rate, loss in sorted(
-            (learning_rate(exp), read_training(exp).loss) for exp in exps
-        )
+    losses = {
+        read_config(exp)["optim_conf"]["lr"]: validation(exp)["loss"] for exp in exps
     }
+    return {str(rate): losses[rate] for rate in sorted(losses)}
 
 
-def step_time(exp: Path, measured: dict) -> Optional[float]:
+def best_rate(expdir: Path, results: Path, system: str) -> float:
+    """Return the learning rate of a system's trainings.
+
+    It is that of those that were recorded, or the one whose short training has the
+    lowest validation loss.
+
+    Raises:
+        UserError: neither is there.
+    """
+    for file in results.glob(f"{system}_seed*.json"):
+        return read_json(file)["learning_rate"]
+    losses = grid_losses(expdir, system)
+    if not losses:
+        raise UserError(f"{system} was tried at no learning rate: run stage 2")
+    return float(min(losses, key=lambda rate: losses[rate]))
+
+
+def step_time(config: dict[str, Any], measured: dict) -> Optional[float]:
     """Return the mean time of a step as a ratio to full depth's, as measured alone.
 
     Args:
         measured: what bench/step_time.py wrote.
     """
-    config = yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
     usual = yaml.safe_load(Path("conf/train_sfm.yaml").read_text(encoding="utf-8"))
     cnns = [conf["student_conf"].get("conv_dim") for conf in (config, usual)]
     if config["model_conf"].get("exits") or cnns[0] != cnns[1]:
@@ -100,149 +94,173 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def table(
-    trainings: dict[str, list[Training]],
-    losses: dict[str, list[float]],
-    rates: dict[str, float],
-    step_times: dict[str, Optional[float]],
-    scores: dict[str, list[dict[str, list[float]]]],
-    teacher_loss: Optional[float] = None,
-) -> str:
-    """Return the table.
+def record(expdir: Path, run: str, step_times: Path) -> dict[str, Any]:
+    """Return what a run gave, or a row of `MODELS`.
+
+    Raises:
+        UserError: it was not probed.
+    """
+    probed = read_json(expdir / "probe" / "probe.json").get("upstreams", {})
+    if run not in probed:
+        raise UserError(f"{run} has no probe scores: run stage 4 again")
+
+    def scores(name: str) -> dict[str, list[float]]:
+        return {score: probed[name][score] for score in SCORES}
+
+    if run in MODELS:
+        return {"scores": {"": scores(run)}}
+    exp = expdir / f"sfm_{run}"
+    config, losses = read_config(exp), validation(exp)
+    depth = config["student_conf"]["num_hidden_layers"]
+    loss = {depth: losses["loss"]}
+    if config["model_conf"].get("exits"):  # then "loss" is the mean over them
+        prefix = "loss_depth"
+        names = sorted(name for name in losses if name.startswith(prefix))
+        loss = {int(name.removeprefix(prefix)): losses[name] for name in names}
+    return {
+        "epochs": config["max_epoch"],
+        "learning_rate": config["optim_conf"]["lr"],
+        "short_trainings": grid_losses(expdir, run.rpartition("_seed")[0]),
+        "step_time": step_time(config, read_json(step_times)),
+        "teacher_loss": read_json(exp / "teacher_loss.json").get("loss"),
+        "loss": loss,
+        "scores": {
+            depth: scores(run if d == depth else f"{run}_depth{d}") for d in loss
+        },
+    }
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the table: a row for each system, and one for each of its other depths.
 
     Args:
-        trainings: of each system, one for each seed.
-        losses: of each row that was trained, one for each seed.
-        rates: of each system, the learning rate.
-        step_times: of each system, the ratio to `full`, if it was measured.
-        scores: of each row's upstreams, each score with every seed of the probe.
-        teacher_loss: its own loss on the student's input.
+        results: of each system, what `record` gave for each seed.
     """
-    heads = ["trainings", "learning rate", "time of training (s)", "ratio to full"]
-    heads += ["step time", "validation loss", *SCORES.values()]
+    heads = ["trainings", "learning rate", "step time", "validation loss"]
+    heads += SCORES.values()
+    losses = [
+        run["teacher_loss"]
+        for runs in results.values()
+        for run in runs[:1]
+        if run.get("teacher_loss") is not None
+    ]
     rows = []
-    full = trainings.get("full")
-    for name, upstreams in scores.items():
-        cells = [""] * 6
-        if name == "teacher" and teacher_loss is not None:
-            cells[5] = f"{teacher_loss:.1e}"
-        if name in trainings:
-            runs = trainings[name]
-            seconds = [run.seconds for run in runs]
-            cells[:3] = str(len(runs)), str(rates[name]), spread(seconds, 0)
-            if full:
-                reference = statistics.mean(run.seconds for run in full)
-                cells[3] = f"{statistics.mean(seconds) / reference:.2f}"
-            if step_times[name] is not None:
-                cells[4] = f"{step_times[name]:.2f}"
-        if name in losses:
-            cells[5] = spread(losses[name], 4)
-        for score in SCORES:
-            values = [value for upstream in upstreams for value in upstream[score]]
-            cells.append(spread(values, 1))
-        rows.append([name, *cells])
+    for name, runs in results.items():
+        depths = sorted(runs[0]["scores"], key=lambda d: int(d or 0), reverse=True)
+        for depth in depths:
+            cells = [name, "", "", "", ""]
+            if name == "teacher" and losses:
+                cells[4] = f"{losses[0]:.1e}"
+            if name not in MODELS:
+                ratios = [run["step_time"] for run in runs if run["step_time"]]
+                cells[1:3] = str(len(runs)), str(runs[0]["learning_rate"])
+                cells[3] = f"{statistics.mean(ratios):.2f}" if ratios else ""
+                cells[4] = spread([run["loss"][depth] for run in runs], 4)
+            if depth != depths[0]:
+                cells[0] = f"{name}, depth {depth}"
+                cells[1:4] = [""] * 3
+            for score in SCORES:
+                values = [v for run in runs for v in run["scores"][depth][score]]
+                cells.append(spread(values, 1))
+            rows.append(cells)
     return markdown(" | ".join(["system", *heads]), rows)
 
 
-def grid_table(losses: dict[str, dict[float, float]]) -> list[str]:
-    """Return the lines of a table of the short trainings; nothing if there are none.
-
-    Args:
-        losses: of each system, by learning rate.
-    """
-    rates = sorted({rate for row in losses.values() for rate in row})
+def grid_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return the lines of a table of the short trainings; nothing if there are none."""
+    grid = {
+        name: losses
+        for name, runs in results.items()
+        if (losses := runs[0].get("short_trainings"))
+    }
+    rates = sorted({rate for losses in grid.values() for rate in losses}, key=float)
     if not rates:
         return []
     rows = [
-        [system, *(f"{row[rate]:.4f}" if rate in row else "" for rate in rates)]
-        for system, row in losses.items()
+        [name, *(f"{losses[r]:.4f}" if r in losses else "" for r in rates)]
+        for name, losses in grid.items()
     ]
-    heads = " | ".join(["learning rate", *map(str, rates)])
-    text = (
-        "The learning rate is the one with the lowest validation loss in trainings of "
-    )
     return [
-        f"{text}fewer epochs (with exits, the mean over them):",
+        "The learning rate is the one whose short training has the lowest validation "
+        "loss (with exits, the mean over them):",
         "",
-        markdown(heads, rows),
+        markdown(" | ".join(["learning rate", *rates]), rows),
         "",
     ]
+
+
+def load(results: Path, runs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return what is recorded of the systems, and of `MODELS`; others are left out."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in [*MODELS, *runs]:
+        if recorded := read_json(results / f"{run}.json"):
+            found.setdefault(run.rpartition("_seed")[0] or run, []).append(recorded)
+    return found
+
+
+def write_table(args: argparse.Namespace) -> None:
+    """Put the table between the marks of the README."""
+    import espnet
+
+    results = load(args.results, args.runs)
+    body = [
+        "Mean ± standard deviation: of the loss over the trainings, of the scores over "
+        "the trainings and the probe's seeds. Where there is one training, the spread "
+        "is the probe's alone. Step time is the ratio to full that bench/step_time.py "
+        "measures side by side. The teacher's loss is its own on what the students "
+        "hear.",
+        "",
+        table(results),
+        "",
+        *grid_table(results),
+        f"Made by `{args.command.strip()}` on {date.today()} with espnet "
+        f"{espnet.__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, on CPU.",
+    ]
+    put_between_marks(args.readme, "\n".join(body))
+    print("\n".join(body))
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--expdir", required=True)
-    add("--runs", nargs="+", required=True, help="as full_seed1")
-    add("--step_times", required=True, help="JSON that bench/step_time.py wrote")
-    add("--readme", required=True)
-    add("--command", required=True)
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name, text in (
+        ("rate", "print the learning rate of a system's trainings"),
+        ("record", "write what runs gave to files"),
+        ("table", "put the table into a README"),
+    ):
+        add = commands.add_parser(name, help=text).add_argument
+        add("--results", type=Path, required=True, help="directory of these files")
+        if name != "table":
+            add("--expdir", type=Path, required=True, help="directory of all runs")
+        if name == "rate":
+            add("--system", required=True, help="as full")
+            continue
+        add("--runs", nargs="+", required=True, help="as full_seed1")
+        if name == "record":
+            text = "JSON that bench/step_time.py wrote, if it is there"
+            add("--step_times", type=Path, required=True, help=text)
+        else:
+            add("--readme", type=Path, required=True)
+            add("--command", required=True, help="that made the comparison")
     return parser
 
 
 @report_user_errors
 def main(cmd: Optional[Sequence[str]] = None) -> None:
-    """Write the table to the README, and its numbers beside the runs."""
+    """Do what the command says."""
     args = get_parser().parse_args(cmd)
-    import espnet
-
-    expdir = Path(args.expdir)
-    probed = read_json(expdir / "probe" / "probe.json").get("upstreams", {})
-    measured = read_json(Path(args.step_times))
-    trainings: dict[str, list[Training]] = {}
-    losses: dict[str, list[float]] = {}
-    rates: dict[str, float] = {}
-    step_times: dict[str, Optional[float]] = {}
-    scores = {
-        name: [probed[name]] for name in ("teacher", "untrained") if name in probed
-    }
-    for run in args.runs:
-        if run not in probed:
-            raise UserError(f"{run} has no probe scores: run stage 4 again")
-        system = run.rpartition("_seed")[0]
-        exp = expdir / f"sfm_{run}"
-        training = read_training(exp)
-        trainings.setdefault(system, []).append(training)
-        step_times[system] = step_time(exp, measured)
-        rates[system] = learning_rate(exp)
-        losses.setdefault(system, []).append(training.loss_at_full_depth)
-        scores.setdefault(system, []).append(probed[run])
-        for name in probed:
-            if name.startswith(f"{run}_depth"):
-                depth = int(name.removeprefix(f"{run}_depth"))
-                row = f"{system}, depth {depth}"
-                if depth in training.loss_at:
-                    losses.setdefault(row, []).append(training.loss_at[depth])
-                scores.setdefault(row, []).append(probed[name])
-    first = expdir / f"sfm_{args.runs[0]}" / "teacher_loss.json"
-    teacher_loss = read_json(first).get("loss")
-    body = [
-        "Mean ± standard deviation: of time and loss over the trainings, of the scores "
-        "over the trainings and the probe's seeds. Where there is one training, the "
-        "spread is the probe's alone. Time is that of all training steps; step time is "
-        "the ratio to full that bench/step_time.py measures side by side. The "
-        "teacher's loss is its own on what the students hear.",
-        "",
-        table(trainings, losses, rates, step_times, scores, teacher_loss),
-        "",
-        *grid_table({system: grid_losses(expdir, system) for system in trainings}),
-        f"Made by `{args.command.strip()}` on {date.today()} with espnet "
-        f"{espnet.__version__}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, on CPU.",
-    ]
-    numbers = {
-        name: {
-            "trainings": [run._asdict() for run in trainings.get(name, [])],
-            "learning_rates": grid_losses(expdir, name),
-            "scores": scores[name],
-        }
-        for name in scores
-    }
-    results = expdir / "comparison.json"
-    results.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    put_between_marks(Path(args.readme), "\n".join(body))
-    print("\n".join(body))
+    if args.what == "rate":
+        print(best_rate(args.expdir, args.results, args.system))
+    elif args.what == "table":
+        write_table(args)
+    else:
+        args.results.mkdir(exist_ok=True)
+        for run in args.runs:
+            text = json.dumps(record(args.expdir, run, args.step_times), indent=1)
+            with atomic(args.results / f"{run}.json") as file:
+                file.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

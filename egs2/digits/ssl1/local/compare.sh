@@ -7,11 +7,12 @@
 # Every system is trained with its seeds, at the learning rate that short trainings of its
 # own say, exported at full depth and at its exits, probed, and put into a table of
 # README.md beside the teacher and an untrained student. Each run has a directory of its
-# own: run the command again after an interruption.
+# own, and once it was probed a file in results/, which stands for it: run the command again
+# after an interruption, here or on another machine.
 #
 # Stages:
-#    1 data and cached targets    3 trainings       5 table
-#    2 learning rates             4 probe scores
+#    1 data and cached targets    3 trainings                        5 table
+#    2 learning rates             4 probe scores, files of results
 [ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 
@@ -22,12 +23,13 @@ systems="full interleave_eql interleave_prop1 stackbert stackbert_last gradstack
 seeds="1"  # seeds of every training
 more_seeds="2 3"  # further seeds of --more_seeds_for
 more_seeds_for="full interleave_eql gradstack every_depth static9 static6 static3"  # systems that are trained with these as well
-learning_rates="0.001 0.002 0.004"  # that stage 2 tries for each system; empty: that of the config
+learning_rates="0.0005 0.001 0.002"  # that stage 2 tries for each system; empty: that of the config
 grid_epochs=10  # epochs of stage 2's trainings; their lowest validation loss decides
 probe_seeds="0 1 2"  # seeds of the probe's heads
 nj=2  # trainings at a time; two systems side by side see the same machine
 num_threads=1  # threads of each training
 expdir=exp/compare  # directory of all runs
+results=results  # directory of the files of what they gave
 step_times=  # what bench/step_time.py wrote; empty: step_time.json in expdir, if there
 sfm_args=  # more options of every training, e.g. "--max_epoch 20"
 run_opts=  # more options of run.sh for every run, e.g. "--local_data_opts '--unlabelled none'"
@@ -61,6 +63,19 @@ wait_for_all() {
     if "${failed}"; then die "a training failed: see the logs in ${expdir}/log"; fi
 }
 
+unrecorded() { # unrecorded NAME...: those that have no file of results
+    local name
+    for name; do
+        if [ ! -f "${results}/${name}.json" ]; then echo "${name}"; fi
+    done
+}
+
+compare() { # compare WHAT [option]...
+    local what=$1
+    shift
+    python3 local/compare.py "${what}" --results "${results}" "$@"
+}
+
 runs=() # SYSTEM_seedSEED
 for seed in ${seeds}; do
     for system in ${systems}; do runs+=("${system}_seed${seed}"); done
@@ -72,6 +87,7 @@ for seed in ${more_seeds}; do
         fi
     done
 done
+mapfile -t missing < <(unrecorded "${runs[@]}")
 mkdir -p "${expdir}/log"
 failed=false
 
@@ -82,6 +98,7 @@ fi
 if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ] && [ -n "${learning_rates}" ]; then
     log "Stage 2: learning rates, trainings of ${grid_epochs} epochs"
     for system in ${systems}; do
+        if compgen -G "${results}/${system}_seed*.json" >/dev/null; then continue; fi
         for rate in ${learning_rates}; do
             start "${system}_lr${rate}_seed${seeds%% *}" --stage 11 --stop_stage 11 \
                 --sfm_args "${sfm_args} --max_epoch ${grid_epochs} --optim_conf lr=${rate}"
@@ -90,11 +107,11 @@ if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ] && [ -n "${learning_rates}"
     wait_for_all
 fi
 if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
-    log "Stage 3: ${#runs[@]} trainings, ${nj} at a time, logs in ${expdir}/log"
-    for run in "${runs[@]}"; do
+    log "Stage 3: ${#missing[@]} trainings, ${nj} at a time, logs in ${expdir}/log"
+    for run in "${missing[@]}"; do
         rate_args=
         if [ -n "${learning_rates}" ]; then
-            rate=$(python3 local/learning_rate.py "${expdir}" "${run%_seed*}")
+            rate=$(compare rate --expdir "${expdir}" --system "${run%_seed*}")
             rate_args="--optim_conf lr=${rate}"
         fi
         start "${run}" --stage 11 --stop_stage 12 --sfm_args "${sfm_args} ${rate_args}"
@@ -102,24 +119,36 @@ if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
     wait_for_all
 fi
 if [ "${stage}" -le 4 ] && [ "${stop_stage}" -ge 4 ]; then
-    log "Stage 4: probe scores of the teacher, an untrained student and all students"
-    [ -n "${TEACHER}" ] || die "set TEACHER, see db.sh"
-    python3 local/untrained.py "${expdir}/sfm_${runs[0]}/config.yaml" \
-        "${expdir}/untrained"
-    upstreams=("teacher=${TEACHER}" "untrained=${expdir}/untrained")
-    for run in "${runs[@]}"; do
-        for hf in "${expdir}/sfm_${run}"/hf "${expdir}/sfm_${run}"/hf_depth*[0-9]; do
-            if [ -d "${hf}" ]; then upstreams+=("${run}${hf##*/hf}=${hf}"); fi
+    mapfile -t missing < <(unrecorded teacher untrained "${runs[@]}")
+    if [ ${#missing[@]} -gt 0 ]; then
+        log "Stage 4: probe scores of ${missing[*]}"
+        [ -n "${TEACHER}" ] || die "set TEACHER, see db.sh"
+        upstreams=()
+        for run in "${missing[@]}"; do
+            case ${run} in
+                teacher) upstreams+=("teacher=${TEACHER}") ;;
+                untrained)
+                    python3 local/untrained.py "${expdir}/sfm_${runs[0]}/config.yaml" \
+                        "${expdir}/untrained"
+                    upstreams+=("untrained=${expdir}/untrained")
+                    ;;
+                *)
+                    for hf in "${expdir}/sfm_${run}"/hf{,_depth*[0-9]}; do
+                        if [ -d "${hf}" ]; then upstreams+=("${run}${hf##*/hf}=${hf}"); fi
+                    done
+                    ;;
+            esac
         done
-    done
-    python3 -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
-        --digits dump/raw/digits_train dump/raw/digits_test \
-        --strings dump/raw/strings_train dump/raw/strings_test \
-        --seeds "${probe_seeds}" --output_dir "${expdir}/probe"
+        python3 -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
+            --digits dump/raw/digits_train dump/raw/digits_test \
+            --strings dump/raw/strings_train dump/raw/strings_test \
+            --seeds "${probe_seeds}" --output_dir "${expdir}/probe"
+        compare record --expdir "${expdir}" --runs "${missing[@]}" \
+            --step_times "${step_times:-${expdir}/step_time.json}"
+    fi
 fi
 if [ "${stage}" -le 5 ] && [ "${stop_stage}" -ge 5 ]; then
     log "Stage 5: table in README.md"
-    python3 local/compare.py --expdir "${expdir}" --runs "${runs[@]}" \
-        --step_times "${step_times:-${expdir}/step_time.json}" --readme README.md \
+    compare table --runs "${runs[@]}" --readme README.md \
         --command "local/compare.sh${*:+ $(printf '%q ' "$@")}"
 fi
