@@ -137,6 +137,18 @@ def corpus(tmp_path_factory) -> Corpus:
 
 
 @pytest.fixture(scope="session")
+def shar(corpus) -> Path:
+    """The utterances for training in lhotse's Shar format: three shards of three."""
+    from lhotse import CutSet, Recording
+
+    files = [corpus.train / f"{utt}.wav" for utt in TRAIN]
+    cuts = CutSet([Recording.from_file(file).to_cut() for file in files])
+    (corpus.root / "shar").mkdir()
+    cuts.to_shar(corpus.root / "shar", {"recording": "flac"}, shard_size=3)
+    return corpus.root / "shar"
+
+
+@pytest.fixture(scope="session")
 def bpe(corpus) -> dict[str, str]:
     """Options of a training with BPE units, which were learnt on the corpus."""
     from dldkit.bin.make_token_list import main

@@ -1,5 +1,6 @@
 """Options of a distillation that are left to the teacher."""
 
+import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from dldkit.errors import UserError
 from dldkit.options import flat_layers
 from dldkit.sfm.data import FEATURES
 from dldkit.sfm.loss import carriers_of_copies
+from dldkit.sfm.teacher.cached import is_cached
 from dldkit.sfm.teacher.opening import teacher_info
 from dldkit.sfm.teacher.protocol import TeacherInfo
 from dldkit.train.stacking import Stacking
@@ -48,6 +50,40 @@ def refuse_own_cnn(model_conf: dict[str, Any]) -> None:
             "set model_conf cnn_init: teacher and freeze_cnn: true, or "
             "cached_features: false"
         )
+
+
+def refuse_with_shar(args: argparse.Namespace) -> None:
+    """Refuse options that do not go with a streamed corpus.
+
+    Raises:
+        UserError: saying what to set.
+    """
+    of_bins = args.batch_type in ("length", "numel", "catbel", "catpow")
+    what = ""
+    if args.num_iters_per_epoch is None:
+        what = "its length is not known: set num_iters_per_epoch"
+    elif is_cached(named_teacher(args.model_conf)) or args.cached_features:
+        what = (
+            "targets are cached for data with a wav.scp: set model_conf teacher to the "
+            "teacher itself, which runs beside the student, and cached_features: false"
+        )
+    elif args.train_data_path_and_name_and_type:
+        what = (
+            f"there is {args.train_data_path_and_name_and_type[0][0]} too: leave "
+            "train_data_path_and_name_and_type out, or train_shar"
+        )
+    elif args.collect_stats:
+        what = (
+            "it needs no statistics, and as valid_shape_file, utt2num_samples of the "
+            "validation data will do"
+        )
+    elif args.multiple_iterator or args.iterator_type != "sequence" or of_bins:
+        what = (
+            "its batches have batch_size utterances of similar length: set batch_type: "
+            "sorted, iterator_type: sequence and multiple_iterator: false"
+        )
+    if what:
+        raise UserError(f"train_shar {args.train_shar}: {what}")
 
 
 def usual_layers(info: TeacherInfo) -> list[int]:

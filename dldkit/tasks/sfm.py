@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Callable, Optional
 
+import torch
 from espnet2.fileio.read_text import load_num_sequence_text
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.tasks.abs_task import AbsTask, IteratorOptions
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from espnet2.train.class_choices import ClassChoices
 from espnet2.train.collate_fn import CommonCollateFn
+from espnet2.train.distributed_utils import DistributedOption
 from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str2bool, str_or_none
 
@@ -32,7 +34,9 @@ from dldkit.sfm.options import (
     refuse_lost_layers,
     refuse_own_cnn,
     refuse_unfit_second,
+    refuse_with_shar,
 )
+from dldkit.sfm.shar import SharIterFactory, find_shards, refuse_other_rate
 from dldkit.sfm.teacher.cached import is_cached
 from dldkit.sfm.teacher.opening import teacher_info, weight_files
 from dldkit.train.choices import TrainerChoice, trainer_choices
@@ -88,11 +92,46 @@ class SFMDistillTask(TrainerChoice, AbsTask):
             help="Read no audio, but what `sfm_collect_targets --features` cached; for "
             "a student that has the teacher's CNN, frozen",
         )
+        group.add_argument(
+            "--train_shar",
+            type=str_or_none,
+            default=None,
+            help="Directory in lhotse's Shar format, of which the training data are "
+            "streamed, in place of train_data_path_and_name_and_type; needs "
+            "num_iters_per_epoch",
+        )
         for name, (kind, default, text) in NOISE.items():
             group.add_argument(f"--{name}", type=kind, default=default, help=text)
         for choices in cls.class_choices_list:
             choices.add_arguments(group)
         parser.set_defaults(batch_type="sorted")
+
+    @classmethod
+    def build_iter_factory(
+        cls,
+        args: argparse.Namespace,
+        distributed_option: DistributedOption,
+        mode: str,
+        kwargs: Optional[dict] = None,
+    ) -> AbsIterFactory:
+        """Return ESPnet's factory, or one that streams the training data."""
+        if mode != "train" or not args.train_shar:
+            return super().build_iter_factory(args, distributed_option, mode, kwargs)
+        ranks = {}
+        if distributed_option.distributed:
+            ranks["rank"] = torch.distributed.get_rank()
+            ranks["world_size"] = torch.distributed.get_world_size()
+        return SharIterFactory(
+            args.train_shar,
+            args.batch_size,
+            args.num_iters_per_epoch,
+            args.seed,
+            cls.build_collate_fn(args, train=True),
+            cls.build_preprocess_fn(args, train=True),
+            args.num_workers,
+            pin_memory=args.ngpu > 0,
+            **ranks,
+        )
 
     @classmethod
     def build_sequence_iter_factory(
@@ -174,6 +213,9 @@ class SFMDistillTask(TrainerChoice, AbsTask):
     def check_data(cls, args: argparse.Namespace) -> None:
         """Let training read what is cached; refuse another rate than the teacher's."""
         teacher = named_teacher(args.model_conf)
+        if args.train_shar:
+            refuse_with_shar(args)
+            refuse_other_rate(args.train_shar, teacher_info(teacher).sampling_rate)
         entries = (
             args.train_data_path_and_name_and_type,
             args.valid_data_path_and_name_and_type,
@@ -204,11 +246,16 @@ class SFMDistillTask(TrainerChoice, AbsTask):
 
     @classmethod
     def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
-        """Return the files of the teachers' weights, where they are local ones."""
-        found = {
-            f"teacher {path.name}": path
-            for path in weight_files(named_teacher(args.model_conf))
+        """Return the weights of local teachers, and what lists a streamed corpus."""
+        conf = args.model_conf
+        named = {"teacher": named_teacher(conf), "second": conf.get("second_teacher")}
+        files = {
+            f"{name} {path.name}": path
+            for name, teacher in named.items()
+            if teacher
+            for path in weight_files(teacher)
         }
-        if second := args.model_conf.get("second_teacher"):
-            found |= {f"second teacher {p.name}": p for p in weight_files(second)}
-        return found
+        if args.train_shar:
+            cuts = map(Path, find_shards(args.train_shar)["cuts"])
+            files.update((f"train_shar {path.name}", path) for path in cuts)
+        return files

@@ -478,6 +478,23 @@ torch.save(steps, sys.argv[1])
 """
 
 
+# A training that says which utterances it heard.
+HEARD = """
+import sys, torch
+from dldkit.bin.sfm_distill_train import main
+from dldkit.sfm.model import SFMDistillModel
+torch.set_num_threads(1)
+heard = []
+forward = SFMDistillModel.forward
+def noted(model, *args, utt_id, **batch):
+    heard.extend(utt_id if model.training else [])
+    return forward(model, *args, utt_id=utt_id, **batch)
+SFMDistillModel.forward = noted
+main(sys.argv[1:])
+print(*heard)
+"""
+
+
 @pytest.mark.integration
 def test_two_ranks_grow_as_one_process_does(training, corpus, python, tmp_path):
     """Two gloo processes train on batches of two and of one utterance.
@@ -801,6 +818,109 @@ class TestCachedTargets:
         last = error_of(arguments, capsys)
         assert last.startswith("error: utterance c has ")
         assert "cached targets" in last and "Traceback" not in last
+
+
+def streamed(directory: Path, arguments: list[str]) -> list[str]:
+    """Let the config of a training name a Shar in place of its training data."""
+    file = Path(arguments[1])
+    config = yaml.safe_load(file.read_text())
+    for name in ("train_data_path_and_name_and_type", "train_shape_file"):
+        del config[name]
+    file.write_text(yaml.safe_dump({**config, "train_shar": str(directory)}))
+    return arguments
+
+
+class TestShar:
+    CHANGES = dict(num_iters_per_epoch=3, num_workers=1)
+
+    def test_trains_and_resumes(self, training, shar, tmp_path, capsys):
+        """Three epochs, whose ends are those of a run that was stopped in between."""
+        for name, epochs in (("one", [3]), ("other", [1, 3])):
+            for epoch in epochs:
+                changes = dict(self.CHANGES, max_epoch=epoch)
+                main(streamed(shar, training(tmp_path / name, **changes)))
+        assert_same_runs(tmp_path / "one", tmp_path / "other")
+        stats = load(tmp_path / "one" / "checkpoint.pth")["reporter"]["stats"]
+        assert stats[3]["valid"]["loss"] < stats[1]["valid"]["loss"]
+        # it is bound to its data
+        copy = tmp_path / "shar"
+        shutil.copytree(shar, copy)
+        shutil.copy(copy / "cuts.000000.jsonl.gz", copy / "cuts.000001.jsonl.gz")
+        changes = dict(self.CHANGES, max_epoch=4)
+        last = error_of(streamed(copy, training(tmp_path / "one", **changes)), capsys)
+        assert "begun with other files: train_shar cuts.000001.jsonl.gz" in last
+
+    def test_the_length_of_the_training_is_known(self, training, shar, tmp_path):
+        changes = dict(self.CHANGES, scheduler="transformers", max_epoch=2)
+        changes.update(scheduler_conf={}, trainer="resumable", trainer_conf={})
+        main(streamed(shar, training(tmp_path / "exp", **changes)))
+        checkpoint = load(tmp_path / "exp" / "checkpoint.pth")
+        assert checkpoint["optimizers"][0]["param_groups"][0]["lr"] == 0
+
+    def test_the_student_alone_hears_noise(self, training, shar, tmp_path):
+        changes = dict(self.CHANGES, noise_scp=save_noise(tmp_path))
+        words = streamed(shar, training(tmp_path / "exp", **changes))
+        args = SFMDistillTask.get_parser().parse_args(words)
+        factory = SFMDistillTask.build_iter_factory(args, DistributedOption(), "train")
+        _, batch = next(iter(factory.build_iter(1)))
+        assert not torch.equal(batch["speech"], batch["clean"])
+
+    @pytest.mark.integration
+    def test_two_ranks_hear_different_utterances(
+        self, training, shar, python, tmp_path
+    ):
+        gloo = dict(dist_backend="gloo", dist_world_size=2, unused_parameters=True)
+        meeting = f"file://{tmp_path}/meeting"
+        changes = dict(max_epoch=1, num_iters_per_epoch=6, dist_init_method=meeting)
+        changes.update(gloo, num_workers=1)
+        words = streamed(shar, training(tmp_path / "exp", **changes))
+        with ThreadPoolExecutor() as pool:
+            ranks = [
+                pool.submit(python, "-c", HEARD, *words, "--dist_rank", n)
+                for n in (0, 1)
+            ]
+            heard = [rank.result().stdout.splitlines()[-1].split() for rank in ranks]
+        # the first pass: of two shards, and of one
+        assert sorted(heard[0][:6] + heard[1][:3]) == list("abcdefghi")
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            (dict(num_iters_per_epoch=None), "set num_iters_per_epoch"),
+            (dict(cached_features=True), "targets are cached for data with a wav.scp"),
+            (dict(collect_stats=True), "it needs no statistics"),
+            (dict(batch_type="numel"), "set batch_type: sorted"),
+            (dict(iterator_type="chunk"), "iterator_type: sequence"),
+            (dict(num_workers=4), "has 3 shards, but 4 processes"),
+        ],
+        ids=str,
+    )
+    def test_refuses_in_one_line(
+        self, training, shar, tmp_path, capsys, changes, message
+    ):
+        arguments = training(tmp_path / "exp", **{**self.CHANGES, **changes})
+        last = error_of(streamed(shar, arguments), capsys)
+        assert last.startswith(f"error: train_shar {shar}") and message in last
+
+    def test_refuses_cached_targets(
+        self, training, corpus, shar, teacher, tmp_path, capsys
+    ):
+        cache = tmp_path / "cache"
+        collect_targets(teacher, [6], [corpus.train, corpus.dev], cache)
+        conf = dict(teacher=str(cache), cnn_init=None)
+        changes = dict(self.CHANGES, model_conf=conf)
+        last = error_of(streamed(shar, training(tmp_path / "exp", **changes)), capsys)
+        assert "set model_conf teacher to the teacher itself" in last
+
+    def test_refuses_other_audio(self, training, shar, tmp_path, capsys):
+        arguments = training(tmp_path / "exp", train_shar=str(shar), **self.CHANGES)
+        assert "leave train_data_path_and_name_and_type" in error_of(arguments, capsys)
+        streamed(tmp_path, arguments)
+        assert f"{tmp_path}: there are 0 cuts" in error_of(arguments, capsys)
+        teacher = save_teacher(tmp_path / "teacher", 16000)
+        changes = dict(self.CHANGES, model_conf=dict(teacher=str(teacher)))
+        last = error_of(streamed(shar, training(tmp_path / "exp", **changes)), capsys)
+        assert "utterance a has 8000 Hz, but the teacher takes 16000 Hz" in last
 
 
 @pytest.mark.parametrize(
