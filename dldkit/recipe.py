@@ -162,6 +162,8 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
             "its own: choose --system fast, set model_conf cnn_init: teacher and "
             "freeze_cnn: true, or say --targets cached"
         )
+    if options["train_shar"]:
+        _check_shar(options, config)
     teacher_layers = OmegaConf.select(config, "model_conf.teacher_layers") or []
     seconds = OmegaConf.select(config, "collate_fn_conf.max_seconds")
     settings["segment_seconds"] = str(15.6 if seconds is None else seconds)
@@ -169,6 +171,25 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     if options["probe"] == "superb" and _runs(options, 13):
         _check_superb(options)
     return settings
+
+
+def _check_shar(options: Mapping[str, str], config: DictConfig) -> None:
+    """Refuse a streamed corpus that is not there, or that can not be trained on."""
+    given = f"--train_shar {options['train_shar']}"
+    if not config.get("num_iters_per_epoch"):
+        raise UserError(
+            f"{given}: say how many batches an epoch has, with --sfm_args "
+            '"--num_iters_per_epoch 1000"'
+        )
+    if options["targets"] != "live":
+        raise UserError(
+            f"{given}: say --targets live; cached ones are those of a --train_set"
+        )
+    if not any(Path(options["train_shar"]).glob("cuts.*.jsonl.gz")):
+        raise UserError(
+            f"{given}: there is no cuts.*.jsonl.gz in it; name a directory that lhotse "
+            "shar export wrote"
+        )
 
 
 def _check_common(options: Mapping[str, str]) -> dict[str, str]:

@@ -104,6 +104,9 @@ BAD_SFM = """
 --targets dead | --targets dead: choose one of live, cached, cached_features
 --targets cached_features | --system full has a CNN of its own: choose --system fast
 --system fast --targets cached_features --sfm_args "--model_conf cnn_init=" | fast has
+--train_shar nope --targets live | --train_shar nope: there is no cuts.*.jsonl.gz in it
+--train_shar nope | --train_shar nope: say --targets live; cached ones are those of
+--train_shar nope --sfm_args "--num_iters_per_epoch null" | how many batches an epoch
 --probe nope | --probe nope: choose one of probe, superb, none
 --valid_set train | --train_set and --valid_set are both train
 --export_depths 13 | the encoder has 12 layers, so choose depths from 1

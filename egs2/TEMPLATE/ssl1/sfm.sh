@@ -36,6 +36,7 @@ expdir=exp  # directory for experiments
 
 ## Data
 train_set=train  # training set: a directory in data/; transcripts are not needed
+train_shar=  # directory of lhotse's Shar that is streamed in place of train_set; empty: train_set
 valid_set=valid  # validation set
 local_data_opts=  # options for local/data.sh
 lang=en  # language, for the model card
@@ -108,9 +109,14 @@ if [ "${targets}" == cached_features ]; then
 fi
 if [ -z "${sfm_tag}" ]; then
     sfm_tag=${system}$(name_of "${sfm_config}" train_sfm)$(name_of_args "${sfm_args}")${seed:+_seed${seed}}
+    sfm_tag+=${train_shar:+_$(basename "${train_shar}")}
 fi
 sfm_exp=${expdir}/sfm_${sfm_tag}
 sfm_stats_dir=${expdir}/sfm_stats # of the data alone, so that systems share them
+if [ -n "${train_shar}" ]; then # only the validation set is prepared
+    train_set=${valid_set}
+    sfm_stats_dir+=_${valid_set}
+fi
 data_feats=${dumpdir}/raw
 data_type=sound
 if [[ ${audio_format} == *.ark ]]; then data_type=kaldi_ark; fi
@@ -159,10 +165,13 @@ collect_stats() { # lengths alone, as the model takes speech as it is
 train_model() {
     stage_needs "${sfm_stats_dir}/valid/speech_shape" "stage 10"
     set_data_options
+    data_options+=(--train_shape_file "${sfm_stats_dir}/train/speech_shape")
+    if [ -n "${train_shar}" ]; then
+        data_options=(--train_shar "${train_shar}" "${data_options[@]:2:2}") # and valid_set
+    fi
     run_training "${sfm_exp}" "${python}" -m dldkit.bin.sfm_distill_train \
         --config "${sfm_exp}/train.yaml" --output_dir "${sfm_exp}" --resume true \
         "${data_options[@]}" \
-        --train_shape_file "${sfm_stats_dir}/train/speech_shape" \
         --valid_shape_file "${sfm_stats_dir}/valid/speech_shape" \
         "${sfm_options[@]}"
 }
