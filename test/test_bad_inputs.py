@@ -1,6 +1,6 @@
 """Bad input to the commands: each ends in one line that says what, where, what to do.
 
-The recipes' options have a table of their own, in test_recipe.py.
+The recipes' options have a table of their own, in recipe/test_recipe.py.
 """
 
 import importlib

@@ -21,7 +21,8 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from dldkit.recipe import check_asr, check_sfm
+    from dldkit.recipe.asr import check_asr
+    from dldkit.recipe.sfm import check_sfm
 
     args = get_parser().parse_args(cmd)
     options = {o.partition("=")[0]: o.partition("=")[2] for o in args.options}

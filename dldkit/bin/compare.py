@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from dldkit.bin.merge_config import merge_files
 from dldkit.errors import report_user_errors
 from dldkit.options import command_parser, parse, positive
-from dldkit.recipe import is_open, reference_system
+from dldkit.recipe.asr import reference_system
+from dldkit.recipe.config import is_open
 from dldkit.report.comparison import (
     SAMPLES,
     Run,

@@ -13,7 +13,7 @@ import yaml
 
 from dldkit.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 AN4 = ROOT / "egs2" / "mini_an4" / "asr1"  # a model of four layers
 DISTILL = ROOT / "egs2" / "digits" / "ssl1"  # a student of twelve
 
@@ -165,7 +165,7 @@ def test_librispeech_is_scored_where_stage_1_downloads_it():
 
 
 def test_what_superb_downloads_is_there_before_the_first_stage(tmp_path, monkeypatch):
-    from dldkit.recipe import check_sfm
+    from dldkit.recipe.sfm import check_sfm
     from dldkit.sfm.superb import checks, tasks
 
     monkeypatch.chdir(DISTILL)
@@ -207,7 +207,7 @@ def defaults(script):
 @pytest.fixture
 def check(tmp_path, monkeypatch):
     """Return a function that checks asr.sh's options for a model of six layers."""
-    from dldkit.recipe import check_asr
+    from dldkit.recipe.asr import check_asr
 
     monkeypatch.chdir(tmp_path)
     Path("conf").mkdir()
@@ -239,7 +239,7 @@ def check(tmp_path, monkeypatch):
     ],
 )
 def test_exits_are_exported_where_no_depths_are_named(monkeypatch, changes, depths):
-    from dldkit.recipe import check_sfm
+    from dldkit.recipe.sfm import check_sfm
 
     monkeypatch.chdir(DISTILL)
     options = defaults(ROOT / "egs2/TEMPLATE/ssl1/sfm.sh")
@@ -253,7 +253,7 @@ def test_exits_are_exported_where_no_depths_are_named(monkeypatch, changes, dept
 )
 def test_layers_that_are_learnt_are_cached(monkeypatch, layers, cached):
     """Of a group whose mean is learnt, all."""
-    from dldkit.recipe import check_sfm
+    from dldkit.recipe.sfm import check_sfm
 
     monkeypatch.chdir(DISTILL)
     options = defaults(ROOT / "egs2/TEMPLATE/ssl1/sfm.sh")

@@ -1,0 +1,231 @@
+"""The options of asr.sh."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dldkit.bin.merge_config import merge_files
+from dldkit.errors import UserError
+from dldkit.options import exit_thresholds, sampling_rate
+from dldkit.recipe.common import check_common
+from dldkit.recipe.config import (
+    check_checkpoint,
+    depths_of_exits,
+    depths_to_run,
+    is_open,
+    training_config,
+)
+from dldkit.recipe.values import by_name, number, parsed, words_of
+
+
+def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
+    """Check the options of asr.sh; return those to set, by name.
+
+    Args:
+        systems: the directory of the shared systems' configs.
+
+    Raises:
+        UserError: naming the option, and what it may be.
+    """
+    settings = check_common(options)
+    if not options["test_sets"].split():
+        raise UserError("--test_sets is empty: name at least one directory of data/")
+    for factor in options["speed_perturb_factors"].split():
+        number("speed_perturb_factors", factor, 0.0)
+    reference = options["reference"]
+    if reference and not Path(reference).exists():
+        raise UserError(
+            f"--reference {reference} does not exist: name an experiment directory, a "
+            "checkpoint, a packed zip or cached posteriors"
+        )
+    config = training_config(options, "asr", systems)
+    if start := _model_to_start_from(options):
+        from dldkit.asr.conversion import name_of
+
+        settings["start_name"] = name_of(options["start_from"])
+        settings["token_type"] = start["token_type"]
+        config = training_config(options, "asr", systems, start)
+    settings["needs_reference"] = str(is_open(config, "model_conf.reference")).lower()
+    settings.update(_reference(options, config, systems))
+    decoded = config
+    if options["asr_exp"] and int(options["stage"]) > 11:  # it was trained before
+        existing = Path(options["asr_exp"], "config.yaml")
+        decoded = merge_files([str(existing)]) if existing.is_file() else config
+    _check_waveforms(options, config)
+    layers = _num_layers(decoded)
+    depths = depths_to_run(options, "inference_depths", layers)
+    if not depths:
+        raise UserError('--inference_depths is empty: name depths, such as "12 6 2"')
+    settings["inference_depths"] = depths
+    settings["valid_depths"] = _valid_depths(config, depths)
+    settings.update(_early_stopping(options, decoded))
+    check_checkpoint(options, "inference_asr_model", decoded, options["asr_exp"])
+    _check_language_model(options)
+    return settings
+
+
+def _model_to_start_from(options: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """Return the config of --start_from, if it is a model that fits the options."""
+    model = options["start_from"]
+    if not model:
+        return None
+    if options["pretrained_model"]:
+        raise UserError(
+            "--start_from and --pretrained_model both say where the weights begin: "
+            "give one of them"
+        )
+    is_a_hub_name = re.fullmatch(r"[^/.][^/]*/[^/]+", model)
+    if not Path(model).exists() and not is_a_hub_name:
+        raise UserError(
+            f"--start_from {model} does not exist: name an experiment directory, a "
+            "checkpoint, a packed zip or a model on Hugging Face (user/name)"
+        )
+    from dldkit.asr.conversion import opened, refuse_other_features, refuse_unfit
+
+    with opened(model) as (config, _):
+        refuse_unfit(model, config)
+        rate = parsed(sampling_rate, options, "fs")
+        size = int(options["n_mels"])
+        refuse_other_features(model, config, options["feats_type"], rate, size)
+        return config
+
+
+def reference_system(config: DictConfig) -> str:
+    """Return what the reference of a student is trained as, if nothing is said."""
+    # a student that begins with its weights begins with trained exits
+    return "early_exit" if is_open(config, "init_param") else "static"
+
+
+def _reference(
+    options: Mapping[str, str], student: DictConfig, systems: Path
+) -> dict[str, str]:
+    """Return what the reference is trained as, and what the student begins with."""
+    system = options["reference_system"] or reference_system(student)
+    settings = {"reference_system": system, "begins_with": ""}
+    given = options["reference_config"] or options["asr_config"]
+    options = {**options, "reference_system": system, "reference_config": given}
+    config = training_config(options, "reference", systems)
+    if is_open(config, "model_conf.reference"):
+        raise UserError(
+            f"--reference_system {system}: it needs a reference itself; choose one "
+            "that needs none, such as static or early_exit"
+        )
+    if is_open(student, "init_param"):
+        fits = not options["reference"] and _weights(config) == _weights(student)
+        settings["begins_with"] = "reference" if fits else "random"
+    return settings
+
+
+def _weights(config: DictConfig) -> list[Any]:
+    """Return what says which weights a model has."""
+    names = "encoder encoder_conf decoder decoder_conf frontend frontend_conf"
+    drawn = "depth_sampler keep_prob min_depth layer_choice exits".split()
+    plain = OmegaConf.to_container(config)
+    plain["encoder_conf"] = {
+        name: value
+        for name, value in (plain.get("encoder_conf") or {}).items()
+        if name not in drawn
+    }
+    heads = (plain.get("model_conf") or {}).get("shared_head", True)
+    return [heads, *(plain.get(name) for name in names.split())]
+
+
+def _valid_depths(config: DictConfig, depths: str) -> str:
+    """Return the depths to validate at, as [12,6,2]: full, half, and the smallest used.
+
+    Empty for a system of one depth, and where the config says it itself.
+    """
+    encoder = config.get("encoder_conf") or {}
+    layers = _num_layers(config)
+    exits = encoder.get("exits") or encoder.get("interctc_layer_idx")
+    dynamic = exits or encoder.get("depth_sampler", "bernoulli") != "full"
+    if (
+        config.get("model") != "dld"
+        or not str(config.get("encoder")).startswith("ld_")
+        or not (layers and dynamic)
+        or OmegaConf.select(config, "model_conf.valid_depths") is not None
+    ):
+        return ""
+    chosen = {layers, layers // 2, min(map(int, depths.split()))} - {0}
+    return f"[{','.join(map(str, sorted(chosen, reverse=True)))}]"
+
+
+def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str, str]:
+    """Return the thresholds to decode with, and the exits that they may stop at.
+
+    `auto` is `none` where nothing can stop early.
+    """
+    text = options["exit_thresholds"]
+    thresholds = parsed(exit_thresholds, options, "exit_thresholds")
+    exits = OmegaConf.select(config, "encoder_conf.exits")
+    given = dict(by_name(words_of(options, "inference_args")))
+    if options["inference_config"]:
+        given |= merge_files([options["inference_config"]])
+    reason = ""
+    if not exits:
+        reason = f"{options['system']} has no exits; anytime and early_exit have"
+    elif "beam_size" in given and given["beam_size"] not in (1, ["1"]):
+        reason = "a beam search does not stop early; leave out --beam_size"
+    elif options["selector"] == "even":
+        reason = "exits are reached by the first layers; leave out --selector even"
+    if reason and thresholds not in ("auto", "none"):
+        raise UserError(f"--exit_thresholds {text}: {reason}")
+    if reason or thresholds == "none":
+        return {"exit_thresholds": "none", "exits": ""}
+    return {"exits": depths_of_exits(exits, _num_layers(config))}
+
+
+def _num_layers(config: DictConfig) -> Any:
+    """Return how many layers the encoder has; None where only the Hub knows."""
+    layers = OmegaConf.select(config, "encoder_conf.num_blocks")
+    if layers is not None or config.get("encoder") != "ld_hf":
+        return layers
+    file = Path(str(OmegaConf.select(config, "encoder_conf.model")), "config.json")
+    if not file.is_file():
+        return None
+    model = json.loads(file.read_text(encoding="utf-8"))
+    return model.get("encoder_layers", model.get("num_hidden_layers"))
+
+
+def _check_waveforms(options: Mapping[str, str], config: DictConfig) -> None:
+    """Refuse features for an encoder that takes speech of 16 kHz as it is."""
+    if config.get("encoder") != "ld_hf":
+        return
+    for name, needed in (("feats_type", "raw"), ("feats_normalize", "none")):
+        if options[name] != needed:
+            raise UserError(
+                f"--{name} {options[name]}: encoder: ld_hf takes speech as it is; say "
+                f"--{name} {needed}"
+            )
+    if parsed(sampling_rate, options, "fs") != 16000:
+        raise UserError(
+            f"--fs {options['fs']}: encoder: ld_hf takes speech of 16 kHz; say --fs "
+            "16k, to which stage 3 resamples"
+        )
+
+
+def _check_language_model(options: Mapping[str, str]) -> None:
+    if options["use_lm"] != "true":
+        return
+    if not options["lm_exp"] and not options["lm_file"]:
+        raise UserError(
+            "--use_lm true: name the experiment directory of an existing language "
+            "model with --lm_exp, or its checkpoint with --lm_file"
+        )
+    lm_file = options["lm_file"] or f"{options['lm_exp']}/valid.loss.ave.pth"
+    lm_exp = options["lm_exp"] or str(Path(lm_file).parent)
+    for needed in (lm_file, f"{lm_exp}/config.yaml"):
+        if not Path(needed).is_file():
+            raise UserError(f"--use_lm true: there is no {needed}; train it in ESPnet")
+    given = dict(by_name(words_of(options, "inference_args")))
+    if options["inference_config"]:
+        given |= merge_files([options["inference_config"]])
+    if "beam_size" not in given:
+        raise UserError(
+            "--use_lm true: greedy search takes no language model; say "
+            '--inference_args "--beam_size 10"'
+        )

@@ -1,0 +1,132 @@
+"""The training config that a recipe's options name, and what depends on it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dldkit.bin.merge_config import merge_files
+from dldkit.errors import UserError
+from dldkit.options import depth_list
+from dldkit.recipe.values import by_name, parsed, words_of
+
+CRITERIA = [  # ESPnet's defaults
+    ["train", "loss", "min"],
+    ["valid", "loss", "min"],
+    ["train", "acc", "max"],
+    ["valid", "acc", "max"],
+]
+
+
+def training_config(
+    options: Mapping[str, str],
+    kind: str,
+    systems: Path,
+    start: Mapping[str, Any] | None = None,
+) -> DictConfig:
+    """Return a training config: of `--system` and --asr_args, where the kind is asr.
+
+    Args:
+        kind: asr, sfm, or reference.
+        start: the config of a trained model, whose architecture it has.
+    """
+    option = "reference_system" if kind == "reference" else "system"
+    files = _files_of_system(option, options[option], systems)
+    config = merge_files([options[f"{kind}_config"]])
+    if start:
+        from dldkit.asr.conversion import student_config
+
+        recipe = OmegaConf.to_container(config)
+        config = OmegaConf.create(student_config(recipe, start))
+    config = OmegaConf.merge(config, merge_files(files))
+    given = by_name(words_of(options, f"{kind}_args"))
+    try:
+        return OmegaConf.merge(config, *(_overrides(*item) for item in given))
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--{kind}_args {options[f'{kind}_args']} can not be read: {error}"
+        ) from None
+
+
+def _files_of_system(option: str, system: str, systems: Path) -> list[str]:
+    """Return the configs of a system: the recipe's own may change a shared one."""
+    name = f"{system}.yaml"
+    files = [systems / name, Path("conf", "systems", name)]
+    files = [str(file) for file in files if file.is_file()]
+    if not files:
+        known = {file.stem for file in systems.glob("*.yaml")}
+        known |= {file.stem for file in Path("conf", "systems").glob("*.yaml")}
+        raise UserError(
+            f"--{option} {system}: there is no {name} in {systems} or conf/systems; "
+            f"choose one of {', '.join(sorted(known))}"
+        )
+    return files
+
+
+def _overrides(name: str, values: list[str]) -> DictConfig:
+    """Return what one option of ESPnet's training commands sets in the config."""
+    if name.endswith("_conf"):
+        return OmegaConf.from_dotlist(
+            [f"{name}.{value}" for value in values if "=" in value]
+        )
+    value: Any = [yaml.safe_load(value) for value in values]
+    return OmegaConf.create({name: value[0] if len(value) == 1 else value})
+
+
+def is_open(config: DictConfig, key: str) -> bool:
+    """Whether the config leaves a key to the recipe, by ???."""
+    return key in OmegaConf.missing_keys(config)
+
+
+def depths_to_run(options: Mapping[str, str], name: str, layers: Any) -> str:
+    """Return "12,6 2" as "12 6 2"."""
+    if not options[name].strip():
+        return ""
+    depths = parsed(depth_list, options, name)
+    if isinstance(layers, int) and max(depths) > layers:
+        raise UserError(
+            f"--{name} {options[name]}: the encoder has {layers} layers, so choose "
+            f"depths from 1 to {layers}"
+        )
+    return " ".join(map(str, depths))
+
+
+def depths_of_exits(exits: int | Sequence[int], layers: Any) -> str:
+    """Return `exits` of a config as "2 4"; every so many layers need their number."""
+    if isinstance(exits, int):
+        exits = range(exits, layers or 0, exits)
+    return " ".join(map(str, exits))
+
+
+def check_checkpoint(
+    options: Mapping[str, str], option: str, config: DictConfig, exp: str = ""
+) -> None:
+    """Refuse a checkpoint that the training will not make."""
+    name = options[option]
+    if name == "latest.pth" or (exp and Path(exp, name).is_file()):
+        return
+    epochs = config.get("max_epoch", 40)
+    if match := re.fullmatch(r"(\d+)epoch\.pth", name):
+        if not isinstance(epochs, int) or 1 <= int(match[1]) <= epochs:
+            return
+        raise UserError(f"--{option} {name}: the training has {epochs} epochs")
+    criteria = config.get("best_model_criterion", CRITERIA)
+    criteria = [criteria] if isinstance(criteria, str) else criteria
+    criteria = [c.split(",") if isinstance(c, str) else list(c) for c in criteria]
+    kept = config.get("keep_nbest_models", 10)
+    kept = list(kept) if isinstance(kept, Sequence) else [kept]
+    averages = {f"ave_{n}best" for n in (1, *kept)}
+    made = [f"{phase}.{value}" for phase, value, *_ in criteria]
+    for best in made:
+        if name in {f"{best}.{kind}.pth" for kind in {"best", "ave", *averages}}:
+            return
+    raise UserError(
+        f"--{option} {name}: this training will not make it; its config "
+        f"(best_model_criterion, keep_nbest_models) makes "
+        + ", ".join(f"{best}.ave.pth, {best}.best.pth" for best in made)
+        + " and latest.pth"
+    )

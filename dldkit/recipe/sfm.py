@@ -1,0 +1,92 @@
+"""The options of sfm.sh."""
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from dldkit.errors import UserError
+from dldkit.options import flat_layers, learning_rates
+from dldkit.recipe.common import check_common
+from dldkit.recipe.config import (
+    check_checkpoint,
+    depths_of_exits,
+    depths_to_run,
+    training_config,
+)
+from dldkit.recipe.values import by_name, parsed, runs, words_of
+
+
+def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
+    """Check the options of sfm.sh; see `check_asr`."""
+    if not find_spec("transformers"):
+        raise UserError(
+            "distillation needs transformers: run tools/install.sh, or pip install "
+            "'dldkit[sfm]'"
+        )
+    settings = check_common(options)
+    config = training_config(options, "sfm", systems)
+    layers = OmegaConf.select(config, "student_conf.num_hidden_layers")
+    exits = OmegaConf.select(config, "model_conf.exits") or []
+    depths = depths_to_run(options, "export_depths", layers)
+    settings["export_depths"] = depths or depths_of_exits(exits, layers)
+    check_checkpoint(options, "inference_model", config)
+    settings["teacher"] = options["teacher"] or os.environ.get("TEACHER", "")
+    if not settings["teacher"] and runs(options, 9, 10, 11, 13):
+        raise UserError(
+            "there is no teacher: set --teacher, or TEACHER in the environment or "
+            "db.sh, to a directory or a Hugging Face name; with network, "
+            "facebook/hubert-base-ls960 or openai/whisper-tiny.en is downloaded"
+        )
+    shares_cnn = OmegaConf.select(config, "model_conf.cnn_init") == "teacher"
+    shares_cnn &= bool(OmegaConf.select(config, "model_conf.freeze_cnn"))
+    if options["targets"] == "cached_features" and not shares_cnn:
+        raise UserError(
+            f"--targets cached_features, but --system {options['system']} has a CNN of "
+            "its own: choose --system fast, set model_conf cnn_init: teacher and "
+            "freeze_cnn: true, or say --targets cached"
+        )
+    if options["train_shar"]:
+        _check_shar(options, config)
+    teacher_layers = OmegaConf.select(config, "model_conf.teacher_layers") or []
+    seconds = OmegaConf.select(config, "collate_fn_conf.max_seconds")
+    settings["segment_seconds"] = str(15.6 if seconds is None else seconds)
+    settings["teacher_layers"] = " ".join(map(str, flat_layers(teacher_layers)))
+    if options["probe"] == "superb" and runs(options, 13):
+        _check_superb(options)
+    return settings
+
+
+def _check_shar(options: Mapping[str, str], config: DictConfig) -> None:
+    """Refuse a streamed corpus that is not there, or that can not be trained on."""
+    given = f"--train_shar {options['train_shar']}"
+    if not config.get("num_iters_per_epoch"):
+        raise UserError(
+            f"{given}: say how many batches an epoch has, with --sfm_args "
+            '"--num_iters_per_epoch 1000"'
+        )
+    if options["targets"] != "live":
+        raise UserError(
+            f"{given}: say --targets live; cached ones are those of a --train_set"
+        )
+    if not any(Path(options["train_shar"]).glob("cuts.*.jsonl.gz")):
+        raise UserError(
+            f"{given}: there is no cuts.*.jsonl.gz in it; name a directory that lhotse "
+            "shar export wrote"
+        )
+
+
+def _check_superb(options: Mapping[str, str]) -> None:
+    from dldkit.sfm.superb.checks import check_tasks, fetch_lists
+    from dldkit.sfm.superb.tasks import CORPORA
+
+    words = by_name(words_of(options, "superb_args"))
+    given = {name: " ".join(values) for name, values in words}
+    corpora = {c: given.get(c) or os.environ.get(c.upper()) for c in CORPORA}
+    dscore = given.get("dscore") or os.environ.get("DSCORE")
+    rates = parsed(learning_rates, {"lr": "", **given}, "lr")
+    tasks = given.get("tasks", "").split()
+    tasks, _ = check_tasks(tasks, corpora, dscore, rates, downloads=runs(options, 1))
+    fetch_lists(tasks, Path(given.get("list_dir", "downloads/superb")))
