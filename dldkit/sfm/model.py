@@ -229,10 +229,7 @@ class SFMDistillModel(AbsESPnetModel):
         lengths: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of the first `depth` layers that run, and its parts."""
-        exit_ = next((exit_ for exit_ in self.exits if exit_ >= depth), None)
-        losses = {"": self.loss if exit_ is None else self.exit_losses[str(exit_)]}
-        if self.second_losses:
-            losses["second_"] = self.second_losses[str(exit_ or self.num_layers)]
+        losses = self._losses_of(depth)
         layers = self.student_layers.get(depth)
         if layers is None and self.carried_by == "last":
             layers = [depth] * len(self.loss.groups)
@@ -244,6 +241,20 @@ class SFMDistillModel(AbsESPnetModel):
             values.append(value)
             stats.update({prefix + name: part for name, part in parts.items()})
         return sum(values) / len(values), stats
+
+    def _losses_of(self, depth: int) -> dict[str, HiddenStateLoss]:
+        """Return the loss of each teacher at a depth, by the prefix of its stats."""
+        exit_ = next((exit_ for exit_ in self.exits if exit_ >= depth), None)
+        losses = {"": self.loss if exit_ is None else self.exit_losses[str(exit_)]}
+        if self.second_losses:
+            losses["second_"] = self.second_losses[str(exit_ or self.num_layers)]
+        return losses
+
+    def grown(self, before: int, after: int) -> None:
+        """Let the projections of a new depth begin as those of the depth before."""
+        known, new = self._losses_of(before), self._losses_of(after)
+        for name, loss in new.items():
+            loss.load_state_dict(known[name].state_dict())
 
     def cnn_features(
         self, speech: torch.Tensor, speech_lengths: torch.Tensor

@@ -28,7 +28,8 @@ class Stacking:
 
     It acts after each step of the optimiser, and keeps its place (steps done, depth)
     in the optimiser's parameter group. So a checkpoint holds the place together with
-    the moments it belongs to, and loading one goes on from there.
+    the moments it belongs to, and loading one goes on from there. A model that has a
+    method `grown` is told the depths before and after.
 
     Args:
         method: `interleave`, `stack`, `gradstack` or `midas` (`dldkit.depth.growth`).
@@ -117,6 +118,7 @@ class Stacking:
             )
         total = total_steps(steps_per_epoch, max_epoch, self.total_steps)
         self.layers, self.optimizer = layers, optimizer
+        self.grown = getattr(model, "grown", None)
         self.boundaries = self.boundaries_of(total)
         self._begin(step=0, depth=self.depths[0])
         logging.info(
@@ -185,6 +187,8 @@ class Stacking:
         step, stage = self.place["step"], self.stage
         if stage < len(self.boundaries) and step >= self.boundaries[stage]:
             grow(self.layers, self.copy_maps[stage], optimizer, self.optimizer_state)
+            if self.grown:
+                self.grown(*self.depths[stage : stage + 2])
             self._begin(step, self.depths[stage + 1])
             logging.info(
                 f"Stacking ({self.method}): after {step} optimiser steps, stage "

@@ -703,6 +703,21 @@ def test_refuses_layers_of_another_kind(make, wave_teacher, whisper_teacher, bat
         make(wave_teacher()[1], TWIN, layer_init=[4])(**batch)
 
 
+def test_projections_of_a_new_depth_begin_as_those_before(make):
+    second = dict(second_teacher="b", second_layers=[1, 2, 3], second_size=16)
+    model = make("a", exits=[1, 2], layer_choice="prefix", **second)
+    of = model.exit_losses
+    before = snapshot(of["1"]), snapshot(model.loss)
+    assert not same(before[0], snapshot(of["2"]))
+    model.grown(1, 2)
+    assert same(snapshot(of["1"]), before[0]) and same(snapshot(of["2"]), before[0])
+    assert same(snapshot(model.loss), before[1])
+    model.grown(2, 4)
+    assert same(snapshot(model.loss), before[0])
+    last = snapshot(model.second_losses["4"])
+    assert same(last, snapshot(model.second_losses["1"]))
+
+
 @pytest.mark.parametrize("options", [{}, dict(exits=[2], layer_choice="prefix")])
 def test_two_teachers_are_learnt_at_once(
     make, wave_teacher, whisper_teacher, batch, options

@@ -17,6 +17,7 @@ from dldkit.bin import sfm_teacher_loss
 from dldkit.bin.sfm_distill_train import main
 from dldkit.depth.layers import GatedModuleList, optimizer_steps
 from dldkit.sfm.batches import LengthBuckets
+from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.segments import cut_data
 from dldkit.sfm.targets import collect_targets
 from dldkit.sfm.teacher_loss import teacher_loss
@@ -428,11 +429,20 @@ def test_a_student_of_every_depth_grows_and_then_draws_depths(
             drawn.append((optimizer_steps(), layers))
         return layers
 
+    told = []
+    grown = SFMDistillModel.grown
+
+    def recorded_growth(model, before, after):
+        grown(model, before, after)
+        told.append((before, after))
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the other processes
     with monkeypatch.context() as patch:
         patch.setattr(GatedModuleList, "layers_of_step", recorded)
+        patch.setattr(SFMDistillModel, "grown", recorded_growth)
         main(training(tmp_path / "whole", **EVERY_DEPTH))
+    assert told == [(1, 2), (2, 4)]
     steps = {step: layers for step, layers in drawn}
     depths = [len(layers) for layers in steps.values()]
     assert list(steps.values()) == [tuple(range(depth)) for depth in depths]
