@@ -1,4 +1,3 @@
-import argparse
 import shutil
 from collections import namedtuple
 
@@ -176,16 +175,10 @@ def test_training_is_refused_without_all_targets(hubert, data_dirs, tmp_path, pa
     cache = tmp_path / "cache"
     collect_targets(hubert, [2], data_dirs[1:], cache)
     train, dev = ([[str(d / "wav.scp"), "speech", "sound"]] for d in data_dirs)
-    args = argparse.Namespace(
-        model_conf=dict(teacher=str(cache)),
-        collect_stats=False,
-        cached_features=False,
-        noise_scp=None,
-        rir_scp=None,
-        multiple_iterator=False,
-        train_data_path_and_name_and_type=train,
-        valid_data_path_and_name_and_type=dev,
-    )
+    args = SFMDistillTask.get_parser().parse_args([])
+    args.model_conf = dict(teacher=str(cache))
+    args.train_data_path_and_name_and_type = train
+    args.valid_data_path_and_name_and_type = dev
     with pytest.raises(UserError, match="5 of 7 .* no targets .* is a: collect"):
         SFMDistillTask.check_data(args)
     args.train_data_path_and_name_and_type = dev
