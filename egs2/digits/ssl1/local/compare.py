@@ -124,9 +124,7 @@ def record(expdir: Path, run: str, step_times: Path) -> dict[str, Any]:
         "step_time": step_time(config, read_json(step_times)),
         "teacher_loss": read_json(exp / "teacher_loss.json").get("loss"),
         "loss": loss,
-        "scores": {
-            depth: scores(run if d == depth else f"{run}_depth{d}") for d in loss
-        },
+        "scores": {d: scores(run if d == depth else f"{run}_depth{d}") for d in loss},
     }
 
 
