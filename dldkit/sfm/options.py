@@ -17,13 +17,13 @@ from dldkit.sfm.teacher.protocol import TeacherInfo
 from dldkit.train.stacking import Stacking
 
 
-def named_teacher(model_conf: dict[str, Any]) -> str:
-    """Return the teacher that the options name.
+def named_teacher(model_conf: dict[str, Any], option: str = "teacher") -> str:
+    """Return the teacher that an option names.
 
     Raises:
         UserError: they name none.
     """
-    teacher = model_conf.get("teacher")
+    teacher = model_conf.get(option)
     if not teacher:
         raise UserError(
             "model_conf names no teacher: set it to a Hugging Face name or directory, "
@@ -94,46 +94,31 @@ def usual_layers(info: TeacherInfo) -> list[int]:
 
 def complete(model_conf: dict[str, Any]) -> dict[str, Any]:
     """Return the options with those filled in that the teachers decide."""
-    names = dict(
-        teacher_layers="teacher_layers",
-        teacher_size="teacher_size",
-        normalize="normalize",
-    )
-    completed = _completed(model_conf, "teacher", names)
+    completed = _completed(model_conf, "teacher", "teacher")
     if model_conf.get("second_teacher"):
-        names = dict(teacher_layers="second_layers", teacher_size="second_size")
-        completed = _completed(completed, "second_teacher", names)
+        completed = _completed(completed, "second_teacher", "second")
     return completed
 
 
-def _completed(
-    model_conf: dict[str, Any], option: str, names: dict[str, str]
-) -> dict[str, Any]:
-    """Fill in what the teacher that `option` names decides.
-
-    Args:
-        names: the options of what is filled in.
-    """
-    if all(model_conf.get(name) is not None for name in names.values()):
+def _completed(model_conf: dict[str, Any], option: str, prefix: str) -> dict[str, Any]:
+    """Fill in what the teacher that `option` names decides; what is given stays."""
+    needed = f"{prefix}_layers", f"{prefix}_size", "normalize"
+    if all(model_conf.get(name) is not None for name in needed):
         return model_conf
-    teacher = named_teacher(model_conf) if option == "teacher" else model_conf[option]
+    teacher = named_teacher(model_conf, option)
     info = teacher_info(teacher)
-    known = dict(
-        teacher_layers=usual_layers(info),
-        teacher_size=info.hidden_size,
-        normalize=info.normalize,
-    )
-    found = {name: known[key] for key, name in names.items()}
+    known = usual_layers(info), info.hidden_size, info.normalize
+    found = dict(zip(needed, known))
     given = {k: v for k, v in model_conf.items() if v is not None}
     completed = {**model_conf, **found, **given}
-    layers = completed[names["teacher_layers"]]
+    layers = completed[needed[0]]
     logging.info(f"layers {layers} of {info.num_layers} of the teacher {teacher}")
     deepest = max(flat_layers(layers), default=info.num_layers)
     if deepest < info.num_layers:
         logging.warning(
-            f"{names['teacher_layers']} {layers}: the teacher {teacher} has "
+            f"{needed[0]} {layers}: the teacher {teacher} has "
             f"{info.num_layers} layers, of which those above {deepest} are not learnt; "
-            f"leave {names['teacher_layers']} out to learn its output"
+            f"leave {needed[0]} out to learn its output"
         )
     return completed
 
