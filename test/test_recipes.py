@@ -1065,6 +1065,8 @@ def test_the_comparison_of_growing_students(distilled, speech):
     words += ["--learning_rates", "0.00001 0.004", "--grid_epochs", "3"]
     exp = recipe / "exp" / "compare"
     exp.mkdir(parents=True)
+    results = exp / "results"  # those of the recipe would stand for these runs
+    words += ["--results", results]
     times = dict(depths={"4": 1.0}, schedules=dict(equal=0.75, prop1=0.8))
     (exp / "step_time.json").write_text(json.dumps(times))
     words += ["--run_opts", f"--local_data_opts '{SMALL} --num_probe_test 6'"]
@@ -1085,17 +1087,17 @@ def test_the_comparison_of_growing_students(distilled, speech):
     assert first["teacher"][:3] == first["untrained"][:3] == [""] * 3
     assert 0 < float(first["teacher"][3]) < 1e-4 and not first["untrained"][3]
     assert first["learning rate"] == ["1e-05", "0.004"]
-    result = json.loads((recipe / "results" / "full_seed1.json").read_text())
+    result = json.loads((results / "full_seed1.json").read_text())
     log = (exp / "sfm_full_seed1" / "train.log").read_text()
     last = re.findall(r"4epoch results: .*\[valid\] .*?\bloss=([0-9.]+)", log)[-1]
     assert result["loss"]["4"] == pytest.approx(float(last), rel=0.01)
-    for file in (recipe / "results").glob("*_seed*.json"):
+    for file in results.glob("*_seed*.json"):
         for scores in json.loads(file.read_text())["scores"].values():
             assert all(value >= 0 for values in scores.values() for value in values)
     # elsewhere, what is recorded is not trained again, and its learning rate is known
     for run in ("full_seed1", "interleave_eql_seed1", "full_lr0.004_seed1"):
         shutil.rmtree(exp / f"sfm_{run}")
-    (recipe / "results" / "full_seed2.json").unlink()
+    (results / "full_seed2.json").unlink()
     shell(*command, cwd=recipe, env=environment(**speech))
     again = rows()
     assert again == first
