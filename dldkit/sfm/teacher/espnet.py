@@ -12,6 +12,7 @@ from espnet2.main_funcs.pack_funcs import unpack
 from espnet2.tasks.ssl import SSLTask
 from espnet2.tasks.ssl import encoder_choices as ssl_encoders
 from espnet2.utils.get_default_kwargs import get_default_kwargs
+from torch.nn.utils.rnn import pad_sequence
 
 from dldkit.asr.loading import check_weights, find_checkpoint, read_checkpoint
 from dldkit.errors import UserError
@@ -74,7 +75,28 @@ class ESPnetTeacher(LiveTeacher):
         speech_lengths: torch.Tensor,
         utt_ids: Optional[Sequence[str]],
     ) -> Targets:
-        """Return the hidden states of all layers, and the valid frames."""
+        """Return the hidden states of all layers, and the valid frames.
+
+        Utterances of another length run by themselves: the convolutions and the
+        GroupNorm of ESPnet's models hear padding. With `normalize_audio`, each does:
+        ESPnet takes mean and variance over all of the batch.
+        """
+        each = getattr(self.model.frontend, "normalize_audio", False)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for place, samples in enumerate(speech_lengths.tolist()):
+            alike.setdefault((samples, place if each else 0), []).append(place)
+        found: list[list[torch.Tensor]] = [[] for _ in speech_lengths]
+        frames = torch.zeros_like(speech_lengths)
+        for (samples, _), places in alike.items():
+            states, frames[places] = self.encode(
+                speech[places, :samples], speech_lengths[places]
+            )
+            for i, place in enumerate(places):
+                found[place] = [state[i] for state in states]
+        return [pad_sequence(layer, True) for layer in zip(*found)], frames
+
+    def encode(self, speech: torch.Tensor, speech_lengths: torch.Tensor) -> Targets:
+        """Return what `forward` does, of utterances that are equally long."""
         with outputs_of(self.model.encoder.encoders) as states:
             output, _, lengths = self.model.inference_encode(
                 speech, speech_lengths.to(speech.device)

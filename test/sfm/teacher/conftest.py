@@ -37,10 +37,14 @@ SSL_CONFIG = dict(
 
 
 @pytest.fixture
-def espnet_teacher(tmp_path):
-    """An untrained model of ESPnet's SSL task, and its experiment directory."""
+def espnet_teacher(request, tmp_path):
+    """An untrained model of ESPnet's SSL task, and its experiment directory.
+
+    Its frontend has the options that the test's parameter names.
+    """
     file = tmp_path / "ssl.yaml"
-    file.write_text(yaml.safe_dump(SSL_CONFIG))
+    frontend = {**SSL_CONFIG["frontend_conf"], **getattr(request, "param", {})}
+    file.write_text(yaml.safe_dump({**SSL_CONFIG, "frontend_conf": frontend}))
     directory = tmp_path / "exp" / "ssl"
     directory.mkdir(parents=True)
     command = ["--config", str(file), "--output_dir", str(directory)]

@@ -26,6 +26,28 @@ def test_espnet_models_agree_with_espnet(espnet_teacher, waveforms):
     assert (info.hidden_size, info.num_layers, info.sampling_rate) == (16, 3, 16000)
 
 
+@pytest.mark.parametrize(
+    "espnet_teacher",
+    [{}, dict(norm_mode="group_norm"), dict(normalize_audio=True)],
+    ids=["layer_norm", "group_norm", "normalize_audio"],
+    indirect=True,
+)
+def test_an_espnet_model_hears_each_utterance_alone(espnet_teacher, waveforms):
+    model, directory = espnet_teacher
+    (speech, lengths), layers = waveforms, [0, 2, 3]
+    teacher = open_teacher(directory, layers)
+    batch = torch.cat([speech, 3 * speech[:1]]), torch.tensor([*lengths, lengths[0]])
+    states, frames = teacher(*batch)
+    assert frames.tolist() == [27, 18, 27]
+    for place, (samples, n) in enumerate(zip(batch[1], frames)):
+        with torch.no_grad():
+            output, blocks, _ = model.inference_encode(
+                batch[0][place, None, :samples], samples[None]
+            )
+        assert torch.allclose(states[1][place, :n], blocks[1][0], atol=1e-5)
+        assert torch.allclose(states[2][place, :n], output[0], atol=1e-5)
+
+
 def test_espnet_checkpoint_and_zip(espnet_teacher, waveforms, monkeypatch):
     _, directory = espnet_teacher
     (expected,), _ = open_teacher(directory, [2])(*waveforms)
