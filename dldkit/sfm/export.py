@@ -64,7 +64,7 @@ def export(
     slots = select_layers(
         student.config.num_hidden_layers, depth, layers, selector or model.selector
     )
-    export_student(student, model.normalize, slots, output_dir)
+    export_student(student, model.normalize, slots, output_dir, model.sampling_rate)
     return slots
 
 
@@ -73,6 +73,7 @@ def export_student(
     normalize: bool,
     layers: Sequence[int],
     output_dir: Union[str, Path],
+    sampling_rate: int = 16000,
 ) -> None:
     """Write the given slots of a student as a HubertModel of so many layers.
 
@@ -81,6 +82,7 @@ def export_student(
 
     Args:
         normalize: the student was trained on waveforms of zero mean and unit variance.
+        sampling_rate: in Hz, of its training.
 
     Raises:
         UserError: when `output_dir` holds something else than an earlier export.
@@ -89,7 +91,7 @@ def export_student(
     _refuse_other_content(output_dir)
     plain = plain_hubert(student, layers)
     extractor = Wav2Vec2FeatureExtractor(
-        sampling_rate=16000,
+        sampling_rate=sampling_rate,
         do_normalize=normalize,
         # a CNN with GroupNorm was never trained with masks: padding enters its norm
         return_attention_mask=student.config.feat_extract_norm == "layer",

@@ -65,6 +65,8 @@ class SFMDistillModel(AbsESPnetModel):
             that is none has the projections of the next exit.
         teacher_size: dimension of its hidden states; null = ask the teacher.
         normalize: bring speech to zero mean and unit variance; null = as the teacher.
+        sampling_rate: of the speech in Hz; left out of a training's config = that of
+            the teacher.
         second_teacher: another one that is learnt as well, as `teacher`, but no cached
             targets: it runs beside the student. The same layers of the student carry
             the layers of both.
@@ -98,6 +100,7 @@ class SFMDistillModel(AbsESPnetModel):
         target_norm: str = "none",
         carried_by: str = "position",
         layer_init: Optional[Sequence[int]] = None,
+        sampling_rate: int = 16000,
         second_teacher: Optional[str] = None,
         second_layers: Optional[Sequence[Union[int, Sequence[int]]]] = None,
         second_size: Optional[int] = None,
@@ -145,6 +148,7 @@ class SFMDistillModel(AbsESPnetModel):
         self.student_layers = _checked(student_layers or {}, len(teacher_layers))
         self.carried_by = carried_by
         self.normalize = bool(normalize)
+        self.sampling_rate = sampling_rate
         self.cnn_init = cnn_init
         self.freeze_cnn = freeze_cnn
         if freeze_cnn:

@@ -86,6 +86,21 @@ def refuse_with_shar(args: argparse.Namespace) -> None:
         raise UserError(f"train_shar {args.train_shar}: {what}")
 
 
+def refuse_wasteful_crops(args: argparse.Namespace) -> None:
+    """Refuse to cut batches to their shortest utterance where that may be any one.
+
+    Raises:
+        UserError: saying what to set.
+    """
+    crop = args.collate_fn_conf.get("crop", True)
+    if crop and args.iterator_type != "sequence":
+        raise UserError(
+            f"iterator_type: {args.iterator_type} puts utterances of any length into a "
+            "batch, and collate_fn_conf crop: true would cut all to the shortest one: "
+            "set crop: false, which pads them, or iterator_type: sequence"
+        )
+
+
 def usual_layers(info: TeacherInfo) -> list[int]:
     """Return the layers that are learnt: all cached ones, or thirds of the depth."""
     cached = [layer for layer in info.layers or () if layer > 0]  # 0 is the input
@@ -109,6 +124,8 @@ def _completed(model_conf: dict[str, Any], option: str, prefix: str) -> dict[str
     info = teacher_info(teacher)
     known = usual_layers(info), info.hidden_size, info.normalize
     found = dict(zip(needed, known))
+    if option == "teacher":
+        found["sampling_rate"] = info.sampling_rate
     given = {k: v for k, v in model_conf.items() if v is not None}
     completed = {**model_conf, **found, **given}
     layers = completed[needed[0]]

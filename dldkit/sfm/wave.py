@@ -61,7 +61,8 @@ def cnn_features(
     ):
         return model.feature_extractor(speech).transpose(1, 2)
     kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
-    lengths = ((speech_lengths - kernel) // stride + 1).to(speech.device)
+    lengths = (speech_lengths - kernel) // stride + 1
+    lengths = lengths.to(speech.device, non_blocking=True)
     hook = norm.register_forward_hook(
         lambda _, args, output: _norm_over_valid(norm, args[0], lengths)
     )

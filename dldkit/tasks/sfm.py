@@ -34,6 +34,7 @@ from dldkit.sfm.options import (
     refuse_lost_layers,
     refuse_own_cnn,
     refuse_unfit_second,
+    refuse_wasteful_crops,
     refuse_with_shar,
 )
 from dldkit.sfm.shar import SharIterFactory, find_shards, refuse_other_rate
@@ -216,6 +217,8 @@ class SFMDistillTask(TrainerChoice, AbsTask):
         if args.train_shar:
             refuse_with_shar(args)
             refuse_other_rate(args.train_shar, teacher_info(teacher).sampling_rate)
+        elif not args.collect_stats and not is_cached(teacher):
+            refuse_wasteful_crops(args)
         entries = (
             args.train_data_path_and_name_and_type,
             args.valid_data_path_and_name_and_type,

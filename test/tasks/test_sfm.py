@@ -17,6 +17,7 @@ from dldkit.bin import sfm_teacher_loss
 from dldkit.bin.sfm_distill_train import main
 from dldkit.depth.layers import GatedModuleList, optimizer_steps
 from dldkit.sfm.batches import LengthBuckets
+from dldkit.sfm.export import export
 from dldkit.sfm.model import SFMDistillModel
 from dldkit.sfm.segments import cut_data
 from dldkit.sfm.targets import collect_targets
@@ -199,6 +200,9 @@ def test_the_config_is_enough_without_the_teacher(training, tmp_path, caplog):
     )
     assert same(dict(model.state_dict()), dict(load(checkpoint)))
     assert model.normalize and model.loss.teacher_layers == [2, 4, 6]
+    export(checkpoint, tmp_path / "hf")
+    extractor = Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "hf")
+    assert extractor.sampling_rate == RATE and extractor.do_normalize
 
 
 def test_what_the_config_says_goes_before_the_teacher(training, tmp_path, caplog):
@@ -227,7 +231,7 @@ def test_batches_of_similar_length_are_the_default(training, tmp_path, caplog):
     assert isinstance(factory.sampler, LengthBuckets)
 
 
-def test_corpora_are_mixed_with_espnets_categories(training, corpus, tmp_path):
+def test_corpora_are_mixed_with_espnets_categories(training, corpus, tmp_path, capsys):
     """One utterance as often as all others together, and a training on that."""
     data = tmp_path / "train"
     data.mkdir()
@@ -261,6 +265,8 @@ def test_corpora_are_mixed_with_espnets_categories(training, corpus, tmp_path):
     assert drawn.count(first) / len(drawn) == pytest.approx(0.5, abs=0.1)
     main(words)
     assert (tmp_path / "exp" / "2epoch.pth").is_file()
+    error = error_of([*words, "--collate_fn_conf", "crop=true"], capsys)
+    assert "crop: true would cut all to the shortest" in error
 
 
 def save_noise(directory: Path, rate: int = RATE) -> str:

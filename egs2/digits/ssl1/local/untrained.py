@@ -23,7 +23,9 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         set_all_random_seed(yaml.safe_load(config)["seed"])
     model, _ = SFMDistillTask.build_model_from_file(args.config)
     layers = range(model.student.config.num_hidden_layers)
-    export_student(model.student, model.normalize, layers, args.output_dir)
+    export_student(
+        model.student, model.normalize, layers, args.output_dir, model.sampling_rate
+    )
 
 
 if __name__ == "__main__":
