@@ -1068,7 +1068,8 @@ def test_the_comparison_of_growing_students(distilled, speech):
     results = exp / "results"  # those of the recipe would stand for these runs
     words += ["--results", results]
     times = dict(depths={"4": 1.0}, schedules=dict(equal=0.75, prop1=0.8))
-    (exp / "step_time.json").write_text(json.dumps(times))
+    results.mkdir()
+    (results / "step_time.json").write_text(json.dumps(times))
     words += ["--run_opts", f"--local_data_opts '{SMALL} --num_probe_test 6'"]
     command = ["local/compare.sh", *words]
     shell(*command, cwd=recipe, env=environment(**speech))

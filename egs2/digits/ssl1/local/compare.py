@@ -4,7 +4,6 @@
 import argparse
 import json
 import platform
-import statistics
 from datetime import date
 from pathlib import Path
 from typing import Any, Optional, Sequence
@@ -72,11 +71,10 @@ def best_rate(expdir: Path, results: Path, system: str) -> float:
     return float(min(losses, key=lambda rate: losses[rate]))
 
 
-def step_time(config: dict[str, Any], measured: dict) -> Optional[float]:
-    """Return the mean time of a step as a ratio to full depth's, as measured alone.
+def timed_as(config: dict[str, Any]) -> Optional[list[str]]:
+    """Return where bench/step_time.py says the time of such steps, None if it does not.
 
-    Args:
-        measured: what bench/step_time.py wrote.
+    The two keys lead to the mean time of a step as a ratio to that of full depth.
     """
     usual = yaml.safe_load(Path("conf/train_sfm.yaml").read_text(encoding="utf-8"))
     cnns = [conf["student_conf"].get("conv_dim") for conf in (config, usual)]
@@ -84,9 +82,9 @@ def step_time(config: dict[str, Any], measured: dict) -> Optional[float]:
         return None  # their steps are not measured
     if config["trainer"] != "stacking":
         depth = config["student_conf"]["num_hidden_layers"]
-        return measured.get("depths", {}).get(str(depth))
+        return ["depths", str(depth)]
     is_prop = config["trainer_conf"].get("schedule") == "prop"
-    return measured.get("schedules", {}).get("prop1" if is_prop else "equal")
+    return ["schedules", "prop1" if is_prop else "equal"]
 
 
 def read_json(path: Path) -> dict:
@@ -94,7 +92,7 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def record(expdir: Path, run: str, step_times: Path) -> dict[str, Any]:
+def record(expdir: Path, run: str) -> dict[str, Any]:
     """Return what a run gave, or a row of `MODELS`.
 
     Raises:
@@ -121,18 +119,19 @@ def record(expdir: Path, run: str, step_times: Path) -> dict[str, Any]:
         "epochs": config["max_epoch"],
         "learning_rate": config["optim_conf"]["lr"],
         "short_trainings": grid_losses(expdir, run.rpartition("_seed")[0]),
-        "step_time": step_time(config, read_json(step_times)),
+        "timed_as": timed_as(config),
         "teacher_loss": read_json(exp / "teacher_loss.json").get("loss"),
         "loss": loss,
         "scores": {d: scores(run if d == depth else f"{run}_depth{d}") for d in loss},
     }
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
+def table(results: dict[str, list[dict[str, Any]]], step_times: dict) -> str:
     """Return the table: a row for each system, and one for each of its other depths.
 
     Args:
         results: of each system, what `record` gave for each seed.
+        step_times: what bench/step_time.py wrote.
     """
     heads = ["trainings", "learning rate", "step time", "validation loss"]
     heads += SCORES.values()
@@ -150,9 +149,10 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
             if name == "teacher" and losses:
                 cells[4] = f"{losses[0]:.1e}"
             if name not in MODELS:
-                ratios = [run["step_time"] for run in runs if run["step_time"]]
                 cells[1:3] = str(len(runs)), str(runs[0]["learning_rate"])
-                cells[3] = f"{statistics.mean(ratios):.2f}" if ratios else ""
+                kind, name_of_steps = runs[0]["timed_as"] or ("", "")
+                ratio = step_times.get(kind, {}).get(name_of_steps)
+                cells[3] = f"{ratio:.2f}" if ratio else ""
                 cells[4] = spread([run["loss"][depth] for run in runs], 4)
             if depth != depths[0]:
                 cells[0] = f"{name}, depth {depth}"
@@ -208,7 +208,7 @@ def write_table(args: argparse.Namespace) -> None:
         "measures side by side. The teacher's loss is its own on what the students "
         "hear.",
         "",
-        table(results),
+        table(results, read_json(args.results / "step_time.json")),
         "",
         *grid_table(results),
         f"Made by `{args.command.strip()}` on {date.today()} with espnet "
@@ -229,17 +229,15 @@ def get_parser() -> argparse.ArgumentParser:
         ("table", "put the table into a README"),
     ):
         add = commands.add_parser(name, help=text).add_argument
-        add("--results", type=Path, required=True, help="directory of these files")
+        text = "directory of these files, and of step_time.json"
+        add("--results", type=Path, required=True, help=text)
         if name != "table":
             add("--expdir", type=Path, required=True, help="directory of all runs")
         if name == "rate":
             add("--system", required=True, help="as full")
             continue
         add("--runs", nargs="+", required=True, help="as full_seed1")
-        if name == "record":
-            text = "JSON that bench/step_time.py wrote, if it is there"
-            add("--step_times", type=Path, required=True, help=text)
-        else:
+        if name == "table":
             add("--readme", type=Path, required=True)
             add("--command", required=True, help="that made the comparison")
     return parser
@@ -256,7 +254,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     else:
         args.results.mkdir(exist_ok=True)
         for run in args.runs:
-            text = json.dumps(record(args.expdir, run, args.step_times), indent=1)
+            text = json.dumps(record(args.expdir, run), indent=1)
             with atomic(args.results / f"{run}.json") as file:
                 file.write_text(text + "\n", encoding="utf-8")
 

@@ -29,8 +29,7 @@ probe_seeds="0 1 2"  # seeds of the probe's heads
 nj=2  # trainings at a time; two systems side by side see the same machine
 num_threads=1  # threads of each training
 expdir=exp/compare  # directory of all runs
-results=results  # directory of the files of what they gave
-step_times=  # what bench/step_time.py wrote; empty: step_time.json in expdir, if there
+results=results  # directory of the files of what they gave, and of step_time.json
 sfm_args=  # more options of every training, e.g. "--max_epoch 20"
 run_opts=  # more options of run.sh for every run, e.g. "--local_data_opts '--unlabelled none'"
 
@@ -128,8 +127,10 @@ if [ "${stage}" -le 4 ] && [ "${stop_stage}" -ge 4 ]; then
             case ${run} in
                 teacher) upstreams+=("teacher=${TEACHER}") ;;
                 untrained)
-                    python3 local/untrained.py "${expdir}/sfm_${runs[0]}/config.yaml" \
-                        "${expdir}/untrained"
+                    trained=("${expdir}"/sfm_full_seed*/config.yaml)
+                    [ -f "${trained[0]}" ] || die "${results}/untrained.json is missing," \
+                        "and ${expdir} has no training of full, whose sizes it has"
+                    python3 local/untrained.py "${trained[0]}" "${expdir}/untrained"
                     upstreams+=("untrained=${expdir}/untrained")
                     ;;
                 *)
@@ -143,8 +144,7 @@ if [ "${stage}" -le 4 ] && [ "${stop_stage}" -ge 4 ]; then
             --digits dump/raw/digits_train dump/raw/digits_test \
             --strings dump/raw/strings_train dump/raw/strings_test \
             --seeds "${probe_seeds}" --output_dir "${expdir}/probe"
-        compare record --expdir "${expdir}" --runs "${missing[@]}" \
-            --step_times "${step_times:-${expdir}/step_time.json}"
+        compare record --expdir "${expdir}" --runs "${missing[@]}"
     fi
 fi
 if [ "${stage}" -le 5 ] && [ "${stop_stage}" -ge 5 ]; then
