@@ -2,7 +2,7 @@
 # Score an exported student, or another model, on tasks of SUPERB; print a row of its table.
 #
 #   cd egs2/<corpus>/ssl1
-#   ./superb.sh --upstream exp/sfm_x/hf --tasks "pr ks sid" \
+#   ./superb.sh --upstream exp/sfm_x/hf --upstream_name x --tasks "pr ks sid" \
 #       --librispeech /corpora/LibriSpeech --voxceleb1 /corpora/VoxCeleb1 ...
 #   ./superb.sh --upstream microsoft/wavlm-base-plus ...  # or s3prl's wavlm_base_plus
 #   python -m dldkit.bin.sfm_superb_table exp/superb_*  # and published rows

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,15 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from layouts import WORDS, librispeech
+from running import copy_of_the_recipes, environment, shell
 from transformers import AutoModel
 
 from dldkit.errors import UserError
 from dldkit.sfm.superb.checks import MODULES
-from dldkit.sfm.superb.results import collect
+from dldkit.sfm.superb.results import COLUMNS, PUBLISHED, collect
 from dldkit.sfm.superb.run import run
+from dldkit.sfm.superb.tasks import CORPORA, LEXICONS
 from dldkit.sfm.superb.upstream import find_upstream
 from dldkit.step import Step
 
@@ -150,3 +155,73 @@ def test_other_upstreams_are_trained_on(kind, wave_teacher, speech_commands, tmp
     assert "SUPERB score (KS) ↑" in table and "KS: not SUPERB's settings" in table
     with pytest.raises(UserError, match="ks is from another upstream"):
         run(["ks"], "mel", corpora=corpora, task_args=steps, **places)
+
+
+# Of two files, whose phonemes are none of the lexicons that s3prl would download.
+LEXICON = (
+    dict(ONE="w_ u_ n_", TWO="t_ u_", THREE="th_ r_ i_"),
+    dict(FOUR="f_ o_ r_", FIVE="f_ a_ i_ v_"),
+)
+
+
+@NEEDS_S3PRL
+@pytest.mark.integration
+def test_librispeech_alone_gives_phonemes_and_words(upstream, tmp_path):
+    """Stage 13 of librispeech/ssl1, two steps, on what stage 1 may have downloaded."""
+    recipe = copy_of_the_recipes(tmp_path) / "librispeech" / "ssl1"
+    shutil.copytree(upstream, recipe / "exp" / "sfm_full" / "hf")
+    rng = np.random.default_rng(0)
+    seconds = (0.8, 1.1, 0.9)
+    speech = [0.1 * rng.standard_normal(int(16000 * s)) for s in seconds]
+    librispeech(recipe / "downloads", speech)
+    corpus = recipe / "downloads" / "LibriSpeech"
+    for transcripts in corpus.rglob("*.trans.txt"):
+        transcripts.write_text(transcripts.read_text() + "\n")
+    speakers = "".join(f"{n} | F | any | 1.0 | Some {n}\n" for n in range(5))
+    header = "; about\n;ID  |SEX| SUBSET           |MINUTES| NAME\n"
+    (corpus / "SPEAKERS.TXT").write_text(header + speakers)
+    lists = recipe / "downloads" / "superb"
+    lists.mkdir()
+    for name, words in zip(LEXICONS, LEXICON):
+        lines = [f"{word}\t{phonemes}\n" for word, phonemes in words.items()]
+        (lists / name).write_text("".join(lines))
+
+    steps = "--train.total_steps 2 --train.eval_step 2 --prepare_data.n_jobs 1"
+    command = ["./run.sh", "--stage", "13", "--stop_stage", "13", "--ngpu", "0"]
+    command += ["--superb_args", f'--nj 0 --task_args "{steps}"']
+    variables = {name.upper(): "" for name in CORPORA}
+    variables |= dict(TEACHER=str(upstream), https_proxy="http://127.0.0.1:9")
+    printed = shell(*command, cwd=recipe, env=environment(**variables))
+
+    text = (recipe / "exp" / "sfm_full" / "RESULTS.md").read_text()
+    assert text in printed
+    lines = [line.strip("| ") for line in text.splitlines() if line.startswith("|")]
+    header, _, ours, *published = [re.split(r" *\| *", line) for line in lines]
+    assert header[3:-2] == COLUMNS and header[-2] == "SUPERB score (PR ASR) ↑"
+    row, exp = dict(zip(header, ours)), recipe / "exp" / "superb_full"
+    assert row["upstream"] == "full" and row["source"] == "exp/superb_full"
+    spoken = {f"2-7-000{number}": words for number, words in enumerate(WORDS)}
+    lexicon = LEXICON[0] | LEXICON[1]
+    said = {
+        utt: " ".join(lexicon[w] for w in words.split())
+        for utt, words in spoken.items()
+    }
+    results = {}
+    for task, key, column, expected in (
+        ("pr", "per", "PR PER ↓", said),
+        ("asr", "wer", "ASR WER ↓", spoken),
+    ):
+        place = exp / task / "evaluate" / "valid_best" / "test-clean"
+        reference = (place / "ref").read_text().splitlines()
+        assert dict(line.split(" ", 1) for line in reference) == expected
+        score = 100 * yaml.safe_load((place / "result.yaml").read_text())[key]
+        assert np.isfinite(score) and score > 0
+        results[column] = f"{score:.2f}"
+        assert f"{task.upper()}: not SUPERB's settings, but with {steps}" in text
+    others = dict.fromkeys(set(COLUMNS) - set(results), "–")
+    assert {column: row[column] for column in COLUMNS} == results | others
+    assert np.isfinite(float(row[header[-2]]))
+    for cells, known in zip(published, PUBLISHED["rows"], strict=True):
+        assert cells[0] == known["upstream"] and cells[-1] == known["source"]
+        assert cells[3] == f"{known['scores'][0]:.2f}"
+    shutil.rmtree(exp / "asr" / "train")  # 0.5 GB
