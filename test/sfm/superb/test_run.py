@@ -165,7 +165,7 @@ LEXICON = (
 
 
 @NEEDS_S3PRL
-@pytest.mark.integration
+@pytest.mark.slow
 def test_librispeech_alone_gives_phonemes_and_words(upstream, tmp_path):
     """Stage 13 of librispeech/ssl1, two steps, on what stage 1 may have downloaded."""
     recipe = copy_of_the_recipes(tmp_path) / "librispeech" / "ssl1"
