@@ -123,9 +123,7 @@ def _completed(model_conf: dict[str, Any], option: str, prefix: str) -> dict[str
     teacher = named_teacher(model_conf, option)
     info = teacher_info(teacher)
     known = usual_layers(info), info.hidden_size, info.normalize
-    found = dict(zip(needed, known))
-    if option == "teacher":
-        found["sampling_rate"] = info.sampling_rate
+    found = {**dict(zip(needed, known)), "sampling_rate": info.sampling_rate}
     given = {k: v for k, v in model_conf.items() if v is not None}
     completed = {**model_conf, **found, **given}
     layers = completed[needed[0]]

@@ -85,6 +85,8 @@ class ESPnetTeacher(LiveTeacher):
         alike: dict[tuple[int, int], list[int]] = {}
         for place, samples in enumerate(speech_lengths.tolist()):
             alike.setdefault((samples, place if each else 0), []).append(place)
+        if len(alike) == 1:  # as most batches are: no copy of them, nor of the states
+            return self.encode(speech[:, : int(speech_lengths[0])], speech_lengths)
         found: list[list[torch.Tensor]] = [[] for _ in speech_lengths]
         frames = torch.zeros_like(speech_lengths)
         for (samples, _), places in alike.items():
