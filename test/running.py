@@ -1,6 +1,7 @@
 """Recipes, and other commands, run as a user runs them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,3 +45,8 @@ def copy_of_the_recipes(directory):
             ),
         )
     return directory / "egs2"
+
+
+def snippet_of(card):
+    """The Python example of a model card."""
+    return re.search("```python\n(.*?)```", card.read_text(), re.S)[1]

@@ -20,7 +20,7 @@ TINY += "--accum_grad 1 " + " ".join(f"--encoder_conf {size}" for size in SIZES)
 
 def test_no_recipe_is_left_out():
     recipes = {path.parents[1].name for path in ROOT.glob("egs2/*/asr1/run.sh")}
-    assert recipes == {*LAYOUTS, *MADE, "mini_an4"}  # the last: see test_recipes.py
+    assert recipes == {*LAYOUTS, *MADE, "mini_an4"}  # the last: see test_asr_recipe.py
 
 
 @pytest.mark.slow
