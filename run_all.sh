@@ -87,4 +87,17 @@ done
 show_tables "Scores and depth report" system "${asr[@]}"
 show_tables "Probe scores" upstream "${ssl[@]}"
 printf '%s\n' "" "${sources[@]}"
+
+# What else could be shipped takes hours to train, so it comes from the committed runs.
+for recipe in "${asr[@]}"; do
+    comparison=$(directory_of "${recipe}")/results/README.md
+    if [ ! -f "${root}/${comparison}" ]; then continue; fi
+    printf '\n%s, all systems compared, with longer trainings: %s\n' "${recipe}" "${comparison}"
+    awk '
+        /^### .*, equal arithmetic/ { print "\n" substr($0, 5) "\n"; wanted = 1; next }
+        wanted && /^\|/ { print; inside = 1; next }
+        inside { wanted = inside = 0 }
+        /^Made by / { print "\n" $0 }
+    ' "${root}/${comparison}"
+done
 [ ${#failed[@]} -eq 0 ] || die "these recipes failed: ${failed[*]}"

@@ -307,6 +307,18 @@ def test_a_student_begins_with_the_weights_of_its_reference(an4):
     assert all(torch.equal(first[name], second[name]) for name in weights)
 
 
+def test_a_student_that_is_its_own_reference(an4):
+    """The system leaves open what --asr_args give."""
+    words = ["--stage", 6, "--stop_stage", 11, "--asr_tag", "own"]
+    text = an4.run(*words, "--asr_args", "--max_epoch 1 --model_conf reference=self")
+    assert "Stage 7: skipped: anytime needs no reference" in text
+    assert "anytime will begin with random weights" in text
+    config = yaml.safe_load((an4.exp / "asr_own" / "config.yaml").read_text())
+    assert config["model_conf"]["reference"] == "self" and config["init_param"] == []
+    text = an4.run("--asr_tag", "own", "--reference_tag", "own", status=1)
+    assert "asr_own would be of the reference and of anytime" in text
+
+
 def test_decoding_with_a_language_model_of_espnet(an4, tmp_path):
     from dldkit.asr.inference import Speech2Text
 

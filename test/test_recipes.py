@@ -112,6 +112,19 @@ def test_run_all_prints_one_table_for_each_kind_of_recipe(tmp_path):
         (tmp_path / file).write_text(f"#!/usr/bin/env bash\n{content}\n")
         (tmp_path / file).chmod(0o755)
 
+    scores = "\n\n| system | depth 2 |\n|--|--|\n| {} |\n\n"
+    differences = "| anytime less | depth 2 |\n|--|--|\n| static | -1 |\n\n"
+    (tmp_path / "egs2/a/asr1/results").mkdir()
+    (tmp_path / "egs2/a/asr1/results/README.md").write_text(
+        "### test, equal steps"
+        + scores.format("static | 9.0")
+        + differences
+        + "### test, equal arithmetic"
+        + scores.format("static | 8.0")
+        + differences
+        + "Made by `local/compare.sh` on 2026-11-26.\n"
+    )
+
     text = shell("./run_all.sh", "--recipes", "a b_ssl c_ssl", cwd=tmp_path, status=1)
 
     table = [re.sub(" +", " ", line) for line in text.splitlines() if "|" in line]
@@ -123,7 +136,11 @@ def test_run_all_prints_one_table_for_each_kind_of_recipe(tmp_path):
         "| ---------------- |---|--:|",
         "| b_ssl |full|2.5|",
         "| c_ssl |full|3.5|",
+        "| system | depth 2 |",
+        "|--|--|",
+        "| static | 8.0 |",
     ]
+    assert "Made by `local/compare.sh` on 2026-11-26." in text
     assert "b_ssl, report: egs2/b/ssl1/RESULTS.md" in text
     assert text.endswith("these recipes failed: c_ssl\n")
 

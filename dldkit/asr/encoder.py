@@ -163,6 +163,8 @@ class LayerDropEncoder(ExitingEncoder):
         UserError: for options out of range, or that can not work together.
     """
 
+    interctc_selector = "prefix"  # ESPnet's intermediate CTC is early exit as well
+
     def __init__(
         self,
         *args,
@@ -176,8 +178,15 @@ class LayerDropEncoder(ExitingEncoder):
     ):
         if kwargs.get("layer_drop_rate"):
             raise UserError(
-                "layer_drop_rate does nothing in ESPnet's encoders; use depth_sampler: "
-                "bernoulli with keep_prob = 1 - layer_drop_rate"
+                "layer_drop_rate is ESPnet's own (without effect in most of its "
+                "encoders); use depth_sampler: bernoulli with keep_prob = 1 - "
+                "layer_drop_rate"
+            )
+        if keep_final_norm and layer_choice == "prefix":
+            raise UserError(
+                "keep_final_norm changes what layers give once more are skipped, and "
+                "with layer_choice: prefix the first layers are an exit on the way to "
+                "the others: set keep_final_norm: false, or another layer_choice"
             )
         super().__init__(*args, **kwargs)
         self.encoders = GatedLayers(
@@ -193,7 +202,7 @@ class LayerDropEncoder(ExitingEncoder):
         if layer_choice not in SELECTORS and (
             depth_sampler == "full" and kwargs.get("interctc_layer_idx")
         ):
-            self.selector = "prefix"  # ESPnet's intermediate CTC is early exit as well
+            self.selector = self.interctc_selector
 
     def output_of(self, output: Any) -> torch.Tensor:
         """Return the encoder's output, if `output` is what its last layer gave."""
@@ -240,3 +249,6 @@ class LDBranchformerEncoder(LayerDropEncoder, BranchformerEncoder):
 
 class LDEBranchformerEncoder(LayerDropEncoder, EBranchformerEncoder):
     """E-Branchformer whose depth is random in training and chosen at inference."""
+
+    # ESPnet gives its intermediate CTC what the final norm has not seen
+    interctc_selector = "even"

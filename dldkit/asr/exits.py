@@ -1,7 +1,7 @@
 """Exits: outputs of smaller depths that a step passes on its way to a deeper one."""
 
 from collections.abc import Iterable, Sequence
-from typing import Union
+from typing import Optional, Union
 
 import torch
 
@@ -72,10 +72,17 @@ class ExitHeads(torch.nn.Linear):
 
     def at(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of a depth: those of the first exit that is not below."""
+        head = self._exit_of(depth)
+        return super().forward(hidden) if head is None else head(hidden)
+
+    def in_use(self) -> list[torch.nn.Parameter]:
+        """Return the weights of the depth that runs."""
+        head = self._exit_of(len(self.gates[0].active))
+        return [self.weight, self.bias] if head is None else list(head.parameters())
+
+    def _exit_of(self, depth: int) -> Optional[torch.nn.Module]:
         exit_ = min((d for d in map(int, self.exits) if d >= depth), default=None)
-        if exit_ is None:
-            return super().forward(hidden)
-        return self.exits[str(exit_)](hidden)
+        return None if exit_ is None else self.exits[str(exit_)]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (Batch, Time, Vocab) of the depth that runs."""

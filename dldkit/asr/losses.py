@@ -114,8 +114,10 @@ class CTCPosteriorKL(torch.nn.Module):
             divergence = self._divergence(teacher.expand_as(student), student)
             per_frame = (divergence * self.temperature**2).masked_fill(weight == 0, 0.0)
             total = (per_frame * weight).sum((-2, -1))
-        batch_size = reference.lengths.numel()
-        return total / (batch_size if self.reduction == "utterance" else weight.sum())
+        if self.reduction == "utterance":
+            return total / reference.lengths.numel()
+        # without a frame that counts, total is 0 as well
+        return total / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
     def _weight_of_frames(self, reference: Posteriors) -> torch.Tensor:
         """Return how much each frame counts (Batch, Time)."""

@@ -100,6 +100,12 @@ class DLDModel(ESPnetASRModel):
     ):
         super().__init__(*args, **kwargs)
         self.exits = tuple(getattr(self.encoder, "exits", ()))
+        if not self.exits and (exit_weights != "equal" or not shared_head):
+            raise UserError(
+                "exit_weights and shared_head: false are for an encoder that has exits"
+            )
+        if kd_weight < 0:
+            raise UserError(f"kd_weight {kd_weight} is impossible: write one from 0")
         self.exit_weights = ExitWeights(exit_weights, self.exits)
         self.exit_gradient = exit_gradient
         self.valid_layers = self._layers_to_validate(valid_depths)
@@ -151,6 +157,15 @@ class DLDModel(ESPnetASRModel):
             raise UserError("exits need ctc_weight above 0, and ctc_type: builtin")
         if self.exits and self.postencoder is not None:
             raise UserError("exits leave the postencoder out: remove one of them")
+        if self.specaug_masks == "own" and (
+            self.sandwich is None or self._collects_sandwich()
+        ):
+            raise UserError(
+                "specaug_masks: own is for steps of several forwards: set sandwich, "
+                "and layer_choice: random or even"
+            )
+        if self.specaug_masks == "own" and self.reference_path == SELF:
+            self._refuse_time_warp()
         if self.reference_path is None:
             return
         if self.ctc is None:
@@ -163,12 +178,26 @@ class DLDModel(ESPnetASRModel):
                     "reference: self needs smaller depths to teach: set exits, or "
                     "another depth_sampler than full"
                 )
-        elif getattr(self.specaug, "apply_time_warp", False):
+        else:
+            self._refuse_time_warp()
+
+    def _refuse_time_warp(self) -> None:
+        if getattr(self.specaug, "apply_time_warp", False):
             raise UserError(
                 "SpecAug's time warp shifts the student's frames against the "
                 "reference's: set specaug_conf apply_time_warp: false, or reference: "
                 "null"
             )
+
+    def _collects_sandwich(self) -> bool:
+        """Whether the first layers give on the way to the full depth what is asked."""
+        return (
+            self.encoder.selector == "prefix"
+            and self.encoder.gates.sampler.layer_choice == "prefix"
+            and self.postencoder is None
+            and self.ctc is not None
+            and self.ctc.ctc_type == "builtin"
+        )
 
     def forward(
         self,
@@ -228,15 +257,15 @@ class DLDModel(ESPnetASRModel):
             prefixes = {
                 depth
                 for depth, layers in self.valid_layers.items()
-                if layers == tuple(range(depth))
+                if self.encoder.is_passed_by(layers, self.encoder.active_layers)
+                and self.postencoder is None
             }
             return [Pass(collect=tuple(prefixes))]
         if self.sandwich is None:
             return [Pass(collect=self.exits)]
         gates = self.encoder.gates
         full, *smaller = gates.sandwich_of_step(self.sandwich)
-        if self.encoder.selector == "prefix" and gates.sampler.layer_choice == "prefix":
-            # the first layers give the same on the way to the full depth
+        if self._collects_sandwich():
             depths = {*self.exits, *map(len, smaller)} - {len(full)}
             return [Pass(full, tuple(depths))]
         return [Pass(layers) for layers in (full, *smaller)]
@@ -379,7 +408,8 @@ class DLDModel(ESPnetASRModel):
         number = len(self.encoder.gates)
         if depths is None:
             has_exits = self.encoder.selector == "prefix"
-            depths = [number, number // 2] if self._draws_depths() or has_exits else []
+            depths = {number, number // 2} if self._draws_depths() or has_exits else ()
+            depths = sorted(set(depths) - {0}, reverse=True)
         if self.ctc is None:
             return {}
         for depth in depths:

@@ -34,7 +34,8 @@ LEGEND = (
     "that depth, or a smaller one where that is better; models that lack a seed are "
     "left out where another one has all. Arithmetic: of the forwards in training, the "
     "deepest static model's being 1. The last column adds the training of the "
-    "reference: early exit for anytime, the deepest static model for others."
+    "reference: early exit for a system that begins with its weights (anytime), the "
+    "deepest static model for others."
 )
 
 

@@ -129,9 +129,8 @@ class Gates(torch.nn.Module):
             return [self.selected]
         draws = self.draws_of_step(number)
         if self._smallest is None:
-            self._smallest = self.sampler.choose(
-                self.selected, self.sampler.min_depth, self._rng
-            )
+            smallest = self.sampler.smallest(len(self.selected))
+            self._smallest = self.sampler.choose(self.selected, smallest, self._rng)
         return list(dict.fromkeys([self.selected, self._smallest, *draws]))
 
     def _follow_seed(self) -> None:
@@ -323,9 +322,12 @@ class DynamicDepth:
     def is_passed_by(self, layers: tuple[int, ...], more: tuple[int, ...]) -> bool:
         """Whether `layers` give the same alone and as the beginning of `more`.
 
-        They do not where the depth profile has other BatchNorm statistics for them.
+        They do not where the depth profile has other BatchNorm statistics for them, or
+        layers that are skipped still apply their norm.
         """
-        if layers != more[: len(layers)]:
+        if layers != more[: len(layers)] or (
+            layers != more and getattr(self.gates, "keep_final_norm", False)
+        ):
             return False
         if self._profile is None:
             return True

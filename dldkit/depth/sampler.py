@@ -60,18 +60,25 @@ class DepthSampler:
         Raises:
             UserError: when `layers` are fewer than `min_depth`.
         """
-        depths = range(1, len(layers) + 1)
-        weights = [
-            w if n >= self.min_depth else 0.0
-            for n, w in zip(depths, self.weights(len(layers)))
-        ]
-        if not any(weights):
+        weights = self._weight_of_depth(len(layers))
+        (depth,) = rng.choices(list(weights), list(weights.values()))
+        return self.choose(layers, depth, rng)
+
+    def smallest(self, num_layers: int) -> int:
+        """Return the smallest depth that may be drawn."""
+        return min(depth for depth, w in self._weight_of_depth(num_layers).items() if w)
+
+    def _weight_of_depth(self, num_layers: int) -> dict[int, float]:
+        weights = {
+            depth: weight if depth >= self.min_depth else 0.0
+            for depth, weight in enumerate(self.weights(num_layers), 1)
+        }
+        if not any(weights.values()):
             raise UserError(
-                f"min_depth {self.min_depth} is impossible with {len(layers)} layers: "
+                f"min_depth {self.min_depth} is impossible with {num_layers} layers: "
                 "no depth is left to draw"
             )
-        (depth,) = rng.choices(depths, weights)
-        return self.choose(layers, depth, rng)
+        return weights
 
     def choose(
         self, layers: Sequence[int], depth: int, rng: random.Random

@@ -21,6 +21,9 @@ from dldkit.recipe.config import (
 )
 from dldkit.recipe.values import by_name, number, parsed, words_of
 
+# what a system's config may leave to the recipe, by ???
+FILLED_IN = ("model_conf.reference", "init_param")
+
 
 def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     """Check the options of asr.sh; return those to set, by name.
@@ -50,13 +53,24 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         settings["token_type"] = start["token_type"]
         config = training_config(options, "asr", systems, start)
     settings["needs_reference"] = str(is_open(config, "model_conf.reference")).lower()
-    settings.update(_reference(options, config, systems))
+    system = training_config({**options, "asr_args": ""}, "asr", systems)
+    # what --asr_args give has no place in the system's config any more
+    given = [
+        key for key in FILLED_IN if is_open(system, key) and not is_open(config, key)
+    ]
+    settings["given_values"] = " ".join(f"{key}=null" for key in given)
+    settings.update(_reference(options, config, system, systems))
     decoded = config
     if options["asr_exp"] and int(options["stage"]) > 11:  # it was trained before
         existing = Path(options["asr_exp"], "config.yaml")
         decoded = merge_files([str(existing)]) if existing.is_file() else config
     _check_waveforms(options, config)
     layers = _num_layers(decoded)
+    if layers is None and decoded.get("encoder") != "ld_hf":
+        raise UserError(
+            f"{options['asr_config']} does not say how many layers the encoder has: "
+            "write encoder_conf: num_blocks"
+        )
     depths = depths_to_run(options, "inference_depths", layers)
     if not depths:
         raise UserError('--inference_depths is empty: name depths, such as "12 6 2"')
@@ -101,12 +115,17 @@ def reference_system(config: DictConfig) -> str:
 
 
 def _reference(
-    options: Mapping[str, str], student: DictConfig, systems: Path
+    options: Mapping[str, str], student: DictConfig, plain: DictConfig, systems: Path
 ) -> dict[str, str]:
-    """Return what the reference is trained as, and what the student begins with."""
-    system = options["reference_system"] or reference_system(student)
+    """Return what the reference is trained as, and what the student begins with.
+
+    Args:
+        plain: the student's config without --asr_args.
+    """
+    system = options["reference_system"] or reference_system(plain)
     settings = {"reference_system": system, "begins_with": ""}
     given = options["reference_config"] or options["asr_config"]
+    given_reference = options["reference"]
     options = {**options, "reference_system": system, "reference_config": given}
     config = training_config(options, "reference", systems)
     if is_open(config, "model_conf.reference"):
@@ -115,7 +134,8 @@ def _reference(
             "that needs none, such as static or early_exit"
         )
     if is_open(student, "init_param"):
-        fits = not options["reference"] and _weights(config) == _weights(student)
+        is_trained = is_open(student, "model_conf.reference") and not given_reference
+        fits = is_trained and _weights(config) == _weights(student)
         settings["begins_with"] = "reference" if fits else "random"
     return settings
 

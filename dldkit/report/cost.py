@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from dldkit.asr.exits import ExitHeads
 from dldkit.asr.speech import speech_source
 from dldkit.data.audio import BadAudio, declared_length
 from dldkit.data.datadir import read_table
@@ -39,6 +40,10 @@ def parameters_in_use(model: AbsESPnetModel) -> int:
             else:
                 running.update(slots.kept_parameters(layer))
         used |= running  # at the end: layers may share parameters
+    head = getattr(model.ctc, "ctc_lo", None)
+    if isinstance(head, ExitHeads):
+        used.difference_update(head.parameters())
+        used.update(head.in_use())
     return sum(p.numel() for p in used)
 
 

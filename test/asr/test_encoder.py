@@ -220,6 +220,12 @@ def test_a_depth_means_the_layers_that_were_trained(make_encoder, options, layer
     assert encoder.choose_layers(2) == layers
 
 
+def test_intermediate_ctc_without_the_final_norm_is_no_exit(make_encoder):
+    """What ESPnet's E-Branchformer gives its intermediate CTC."""
+    options = dict(depth_sampler="full", interctc_layer_idx=[2])
+    assert make_encoder("ld_e_branchformer", **options).choose_layers(2) == (0, 3)
+
+
 def test_a_depth_sampler_may_give_weights(make_encoder):
     encoder = make_encoder("ld_conformer", depth_sampler={4: 1.0, 1: 3.0})
     depths = set()

@@ -165,25 +165,30 @@ class TestLosses:
                 total += ctc(*found, batch("a", "c")) / 4
         assert loss.item() == pytest.approx(total, rel=1e-4)
 
-    def test_layers_of_an_exit_may_be_its_own(self, model_of, batch):
+    def test_layers_of_an_exit_may_be_its_own(
+        self, model_of, batch, encoder_name, encoder_sizes
+    ):
         """Without the deeper layers' gradient, they learn from the exit alone."""
-        found = {}
+        options, found = {**EXITS, **encoder_sizes, "exits": [1]}, {}
         for name, conf in (
             ("own", dict(exit_gradient=0.0)),
             ("alone", dict(exit_weights=[1.0, 0.0])),
             ("shared", {}),
+            ("half", dict(exit_gradient=0.5)),
         ):
             set_all_random_seed(0)
-            model = deterministic(model_of({**EXITS, "exits": [1]}, model_conf=conf))
-            model(**batch("a", "c"))[0].backward()
-            layer = model.encoder.encoders[0]
-            found[name] = {n: p.grad for n, p in layer.named_parameters()}
-        halves = {n: gradient / 2 for n, gradient in found["alone"].items()}
-        torch.testing.assert_close(found["own"], halves)
-        # softmax and BatchNorm take away what these add: zero, but for rounding
-        zero = {"self_attn.linear_k.bias", "conv_module.depthwise_conv.bias"}
-        for name in halves.keys() - zero:
-            assert not torch.allclose(found["shared"][name], halves[name]), name
+            encoder = f"ld_{encoder_name}"
+            model = model_of(options, encoder=encoder, model_conf=conf)
+            deterministic(model)(**batch("a", "c"))[0].backward()
+            layer, *_ = model.encoder.encoders.children()
+            gradients = [p.grad.flatten() for p in layer.parameters()]
+            found[name] = torch.cat(gradients)
+        close = dict(rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found["own"], found["alone"] / 2, **close)
+        both = (found["own"] + found["shared"]) / 2
+        torch.testing.assert_close(found["half"], both, **close)
+        difference = (found["own"] - found["shared"]).abs()
+        assert (difference > 1e-4).float().mean() > 0.5
 
     def test_work_beside_an_attention_decoder(self, model_of, static, batch):
         decoder = dict(
@@ -427,6 +432,10 @@ class TestValidation:
             expected = ctc(*found, batch("a", "c", "f"))
             assert stats[f"loss_ctc_depth{depth}"].item() == pytest.approx(expected)
 
+    def test_a_single_layer(self, model_of, batch):
+        model = model_of({**NESTED, "num_blocks": 1}).eval()
+        assert "loss_ctc_depth1" in model(**batch("a"))[1]
+
 
 class TestExitWeights:
     def test_sum_to_one_whatever_is_reached(self):
@@ -454,8 +463,34 @@ class TestRefusals:
             (dict(specaug_masks="none"), "'none': choose shared or own"),
             (dict(kd_blank="no"), "kd_blank 'no'"),
             (dict(exit_gradient=1.5), "exit_gradient 1.5: write a share from 0 to 1"),
+            (dict(kd_weight=-1.0), "kd_weight -1.0 is impossible"),
+            (dict(specaug_masks="own"), "own is for steps of several forwards"),
         ],
     )
     def test_options(self, model_of, conf, message):
         with pytest.raises(UserError, match=message):
             model_of(model_conf=conf)
+
+    @pytest.mark.parametrize("conf", [dict(shared_head=False), dict(exit_weights=[1])])
+    def test_options_of_exits_without_any(self, model_of, conf):
+        with pytest.raises(UserError, match="are for an encoder that has exits"):
+            model_of(NESTED, model_conf=conf)
+
+    def test_own_masks_where_one_forward_has_all_depths(self, model_of):
+        conf = dict(sandwich=1, specaug_masks="own")
+        with pytest.raises(UserError, match="layer_choice: random or even"):
+            model_of(NESTED, model_conf=conf)
+
+    def test_own_time_warps_of_a_model_that_pulls_itself(self, model_of):
+        options = {**NESTED, "layer_choice": "even"}
+        warped = dict(specaug="specaug", specaug_conf=dict(apply_time_warp=True))
+        model_of(options, "self", **warped)
+        conf = dict(reference="self", specaug_masks="own")
+        with pytest.raises(UserError, match="time warp"):
+            model_of(options, model_conf=conf, **warped)
+
+    @pytest.mark.parametrize("exits", [(), 2])
+    def test_final_norms_of_skipped_layers(self, model_of, exits):
+        options = {**NESTED, "exits": exits, "keep_final_norm": True}
+        with pytest.raises(UserError, match="keep_final_norm.*layer_choice: prefix"):
+            model_of(options)

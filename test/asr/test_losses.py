@@ -167,6 +167,55 @@ def test_a_cut_loses_information_and_never_adds_any(student, teacher):
     assert losses[-1] <= loss(student, teacher).item() + 1e-5
 
 
+def frames_by_hand(teacher, blank):
+    """How much each valid frame counts, from the reference's full posteriors."""
+    weights = []
+    for t, length in zip(teacher, LENGTHS):
+        p = softmax(t[:length].double().numpy())
+        is_token = (p.argmax(-1) != 0).astype(float)
+        weights.append({"drop": is_token, "scale": 1 - p[:, 0]}[blank])
+    return weights
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("reduction", ["utterance", "frame"])
+@pytest.mark.parametrize("blank", ["drop", "scale"])
+def test_frames_of_blank_count_less(student, teacher, blank, reduction, top_k):
+    """One frame at a time, and each weighted, in float64."""
+    likely = teacher.clone()
+    likely[:, :2, 0] += 6.0  # some frames of blank, some of no blank at all
+    likely[:, 2:4, 0] -= 20.0
+    teacher = likely.log_softmax(-1)
+    weights, total = frames_by_hand(teacher, blank), 0.0
+    for utt, length in enumerate(LENGTHS):
+        for frame in range(length):
+            p = softmax(teacher[utt, frame].double().numpy())
+            q = softmax(student[utt, frame].double().numpy())
+            if top_k:
+                kept = np.argsort(-p)[:top_k]
+                p, q = (np.append(x[kept], 1 - x[kept].sum()) for x in (p, q))
+            total += weights[utt][frame] * (p * np.log(p / q)).sum()
+    counted = sum(map(sum, weights))
+    assert 0 < counted < sum(LENGTHS) - 1
+    expected = total / (counted if reduction == "frame" else len(LENGTHS))
+    tokens = None
+    if top_k:
+        teacher, tokens = cut(teacher, top_k)
+    result = loss(student, teacher, reduction=reduction, blank=blank, tokens=tokens)
+    assert result.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["utterance", "frame"])
+@pytest.mark.parametrize("blank", ["drop", "scale"])
+def test_nothing_but_blank_is_no_loss(student, teacher, blank, reduction):
+    teacher[..., 0] = 1e4
+    student.requires_grad_()
+    teacher = teacher.log_softmax(-1)
+    result = loss(student, teacher, reduction=reduction, blank=blank)
+    result.backward()
+    assert result.item() == 0.0 and not student.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_computes_in_float32_under_autocast(student, teacher, dtype):
     student = student.clamp(-50, 50).to(dtype)

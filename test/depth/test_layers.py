@@ -236,7 +236,16 @@ class TestSeveralDraws:
         gates = make_encoder(
             "ld_conformer", depth_sampler=weights, layer_choice="prefix"
         ).gates
-        assert gates.sandwich_of_step(3) == [(0, 1, 2, 3), (0,)]
+        assert gates.sandwich_of_step(3) == [(0, 1, 2, 3)]
+
+    def test_the_smallest_is_one_that_may_be_drawn(self, make_encoder):
+        weights = {4: 1, 3: 1, 2: 0}
+        gates = make_encoder(
+            "ld_conformer", depth_sampler=weights, layer_choice="prefix"
+        ).gates
+        for _ in range(5):
+            assert gates.sandwich_of_step(1)[:2] == [(0, 1, 2, 3), (0, 1, 2)]
+            end_step()
 
 
 class TestVisited:
@@ -365,6 +374,12 @@ class TestKeepFinalNorm:
         plain.load_state_dict(encoder.state_dict())
         plain.set_depth(layers=[1, 3])
         assert not torch.allclose(plain(*features)[0], expected, atol=1e-2)
+
+    def test_first_layers_are_no_beginning_of_more(self, make_encoder):
+        for kept in (True, False):
+            encoder = make_encoder("ld_conformer", keep_final_norm=kept)
+            assert encoder.is_passed_by((0, 1), (0, 1, 2, 3)) != kept
+            assert encoder.is_passed_by((0, 1), (0, 1))
 
     def test_works_without_positional_embedding(self, make_encoder, features):
         encoder = make_encoder(

@@ -392,6 +392,7 @@ def test_a_reference_that_can_not_be_trained_is_refused(check, system, why):
         ("random", dict(asr_args="--encoder_conf output_size=144")),
         ("random", dict(asr_args="--model_conf shared_head=false")),
         ("random", dict(reference="exp")),
+        ("random", dict(asr_args="--model_conf reference=self")),
         ("", dict(asr_args="--init_param other.pth")),
         ("", dict(system="dld")),
     ],
@@ -399,8 +400,32 @@ def test_a_reference_that_can_not_be_trained_is_refused(check, system, why):
 def test_what_the_weights_begin_with(check, begins_with, changes):
     Path("exp").mkdir()
     Path("conf/systems").mkdir()
-    Path("conf/systems/mine.yaml").write_text("init_param: ???\n")
+    Path("conf/systems/mine.yaml").write_text(
+        "init_param: ???\nmodel_conf:\n  reference: ???\n"
+    )
     assert check(**{"system": "mine", **changes})["begins_with"] == begins_with
+
+
+@pytest.mark.parametrize(
+    "words, needed, given",
+    [
+        ("", "true", ""),
+        ("--model_conf reference=self", "false", "model_conf.reference=null"),
+        ("--model_conf reference=null", "false", "model_conf.reference=null"),
+        ("--init_param other.pth", "true", "init_param=null"),
+    ],
+)
+def test_what_the_system_leaves_open_may_be_given(check, words, needed, given):
+    settings = check(system="anytime", asr_args=words)
+    assert settings["needs_reference"] == needed and settings["given_values"] == given
+    assert settings["reference_system"] == "early_exit"
+
+
+def test_the_number_of_layers_has_to_be_known(check):
+    config = Path("conf/train_asr.yaml")
+    config.write_text(config.read_text().replace("num_blocks: 6", "output_size: 8"))
+    with pytest.raises(UserError, match="train_asr.yaml .*write encoder_conf: num_bl"):
+        check()
 
 
 def test_a_trained_experiment_says_its_own_layers_and_checkpoints(check):

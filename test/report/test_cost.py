@@ -6,6 +6,7 @@ from espnet2.asr.ctc import CTC
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 
 from dldkit.asr.encoder import LDConformerEncoder, LDTransformerEncoder
+from dldkit.asr.exits import ExitHeads
 from dldkit.errors import UserError
 from dldkit.report.cost import (
     TimedDecoder,
@@ -81,6 +82,16 @@ def test_final_norm_of_a_skipped_layer_is_in_use():
     model.encoder.set_depth(layers=[0, 3])
     expected = other_parameters() + 2 * layer_parameters() + 2 * 2 * D
     assert parameters_in_use(model) == expected
+
+
+def test_one_output_layer_at_a_time_is_in_use():
+    encoder = LDConformerEncoder(**CONFORMER, num_blocks=4)
+    model = Recogniser(encoder)
+    model.ctc.ctc_lo = ExitHeads(model.ctc.ctc_lo, [1, 2], encoder.gates)
+    for depth in (4, 2, 1):
+        encoder.set_depth(depth)
+        expected = other_parameters() + depth * layer_parameters()
+        assert parameters_in_use(model) == expected
 
 
 def test_static_encoder_uses_everything():

@@ -115,6 +115,7 @@ template=$(dirname "$(readlink -f "$0")")
 
 systems="${template%/egs2/*}/conf/systems"
 needs_reference= # whether the system's config leaves one open
+given_values= # those that stand for what --asr_args give in its place
 begins_with= # what its weights begin with, where it leaves that open: random or reference
 valid_depths= # for the student's validation, as [12,6,2]
 start_name= # of what comes from --start_from
@@ -173,14 +174,17 @@ if [ -z "${asr_tag}" ]; then
 fi
 if [ -n "${asr_exp}" ]; then asr_tag=$(basename "${asr_exp}"); fi
 asr_exp=${asr_exp:-${expdir}/asr_${asr_tag}}
+if "${needs_reference}" && [ "${asr_exp}" == "${reference_exp}" ]; then
+    die "${asr_exp} would be of the reference and of ${system}: give another --asr_tag or --reference_tag"
+fi
 
 no_reference= # why there are no stages 6 to 8
 no_reference_training= # why there are no stages 6 and 7, though there is stage 8
 no_posteriors= # why there is no stage 9
 if [ -n "${start_from}" ]; then no_reference_training="the model is ${start_from}"; fi
-student_settings=()
+read -r -a student_settings <<<"${given_values}"
 if [ -n "${valid_depths}" ]; then
-    student_settings=("model_conf.valid_depths=${valid_depths}")
+    student_settings+=("model_conf.valid_depths=${valid_depths}")
 fi
 if ! "${needs_reference}"; then
     no_reference="${system} needs no reference"
@@ -202,6 +206,12 @@ if "${needs_reference}"; then
     student_settings+=("model_conf.reference=${reference}")
 fi
 if [ -n "${begins_with}" ]; then student_settings+=("init_param=[]"); fi
+if [ "${begins_with}" == random ] && [ -z "${start_from}${pretrained_model}" ] &&
+    [ "${stage}" -le 11 ] && [ "${stop_stage}" -ge 6 ]; then
+    log "${system} will begin with random weights, which costs accuracy. It begins with those" \
+        "of its reference where this recipe trains one with the same architecture: give" \
+        "--reference_args what --asr_args change of it"
+fi
 
 # Statistics depend on the data and the frontend only, so that systems share them.
 asr_stats_dir=${asr_stats_dir:-${expdir}/asr_stats${data_tag}${sp}}
