@@ -47,7 +47,7 @@ def collect_posteriors(
         UserError: for a reference that can not be loaded, an impossible `top_k`, or a
             GPU that is not there.
     """
-    refuse_missing_gpu(ngpu)
+    refuse_missing_gpu(ngpu, parallel_config)
     output_dir = Path(output_dir)
     model, _ = load_asr_model(reference)
     description = Description.of(model)
@@ -68,6 +68,7 @@ def collect_posteriors(
 
 @functools.lru_cache(maxsize=1)
 def _load(reference: str, gpu: bool):
+    refuse_missing_gpu(gpu)
     torch.set_num_threads(1)
     model, train_args = load_asr_model(reference)
     return model.to("cuda" if gpu else "cpu"), train_args

@@ -24,6 +24,7 @@ import dldkit
 from dldkit.asr.loading import check_weights, encoder_states, read_checkpoint
 from dldkit.asr.speech import refuse_missing_speech
 from dldkit.asr.stopping import BestPath, best_paths, stopping, usable_exits
+from dldkit.data.frames import refuse_missing_gpu
 from dldkit.depth.profile import find_profile, fingerprint
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
@@ -267,6 +268,7 @@ def inference(
                 **kwargs,
             )
 
+    refuse_missing_gpu(espnet_options["ngpu"])
     writes = write_results if exit_threshold is None else write_with_depth
     for path, _, kind in espnet_options["data_path_and_name_and_type"]:
         refuse_missing_speech(path, kind)
