@@ -8,6 +8,7 @@ from typing import Optional, Union
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 
+from dldkit.asr.hf_encoder import TooLongUttError
 from dldkit.asr.loading import load_asr_model
 from dldkit.asr.posteriors import pack, refuse_impossible_top_k
 from dldkit.asr.reference import POSTERIORS, Description
@@ -85,6 +86,8 @@ def _write(
         lengths = torch.full((len(utts),), speech.size(1), device=device)
         try:
             encoded, _ = model.encode(speech.to(device), lengths)
+        except TooLongUttError:  # a training refuses it, whatever is stored
+            raise
         except TooShortUttError:
             return None
         if isinstance(encoded, tuple):  # with intermediate outputs
