@@ -871,6 +871,45 @@ def test_the_wavlm_setting_of_the_paper_trains(saved, corpus, tmp_path):
         assert moved
 
 
+@pytest.mark.integration
+def test_freeze_steps_are_those_of_this_training(saved, corpus, tmp_path):
+    """Not those of the model that it begins with; a resumed one goes on counting."""
+    from dldkit.bin.asr_train import main
+
+    path = saved("hubert")[1]
+    name = "encoder.model.encoder.layers.0.attention.q_proj.weight"
+
+    def train(exp: str, epochs: int, begin: str) -> dict[str, torch.Tensor]:
+        espnets = "output_size attention_heads linear_units cnn_module_kernel"
+        espnets += " macaron_style dropout_rate num_blocks"
+        encoder_conf = dict(model=str(path), freeze_steps=2, depth_sampler="full")
+        main(
+            corpus.training(
+                tmp_path / exp,
+                encoder="ld_hf",
+                encoder_conf={**dict.fromkeys(espnets.split()), **encoder_conf},
+                input_size=1,
+                frontend_conf=dict(fs=16000),
+                specaug=None,
+                normalize=None,
+                init_param=[begin] if begin else [],
+                batch_type="unsorted",
+                batch_size=3,
+                num_iters_per_epoch=1,
+                max_epoch=epochs,
+            )
+        )
+        return torch.load(tmp_path / exp / f"{epochs}epoch.pth")
+
+    begun = train("other", 3, "")
+    other = str(tmp_path / "other" / "3epoch.pth")
+    assert torch.equal(train("broken", 1, other)[name], begun[name])
+    broken = train("broken", 3, other)
+    assert not torch.equal(broken[name], begun[name])
+    unbroken = train("unbroken", 3, other)
+    assert all(torch.equal(broken[key], unbroken[key]) for key in unbroken)
+
+
 def test_the_config_of_an_experiment_is_no_new_training(saved, build_hf, tmp_path):
     from argparse import Namespace
 
