@@ -19,6 +19,7 @@ from dldkit.recipe.config import (
     is_open,
     training_config,
 )
+from dldkit.recipe.encoders import refuse_unknown_options
 from dldkit.recipe.values import by_name, number, parsed, words_of
 
 
@@ -49,6 +50,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         settings["start_name"] = name_of(options["start_from"])
         settings["token_type"] = start["token_type"]
         config = training_config(options, "asr", systems, start)
+    refuse_unknown_options(config)
     settings["needs_reference"] = str(is_open(config, "model_conf.reference")).lower()
     settings.update(_reference(options, config, systems))
     decoded = config
@@ -114,6 +116,8 @@ def _reference(
             f"--reference_system {system}: it needs a reference itself; choose one "
             "that needs none, such as static or early_exit"
         )
+    if is_open(student, "model_conf.reference") and not options["reference"]:
+        refuse_unknown_options(config)
     if is_open(student, "init_param"):
         fits = not options["reference"] and _weights(config) == _weights(student)
         settings["begins_with"] = "reference" if fits else "random"
