@@ -8,6 +8,7 @@ from typing import Optional, Union
 import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
 
+from dldkit.asr.hf_encoder import TooLongUttError
 from dldkit.asr.loading import load_asr_model
 from dldkit.asr.posteriors import pack, refuse_impossible_top_k
 from dldkit.asr.reference import POSTERIORS, Description
@@ -47,7 +48,7 @@ def collect_posteriors(
         UserError: for a reference that can not be loaded, an impossible `top_k`, or a
             GPU that is not there.
     """
-    refuse_missing_gpu(ngpu)
+    refuse_missing_gpu(ngpu, parallel_config)
     output_dir = Path(output_dir)
     model, _ = load_asr_model(reference)
     description = Description.of(model)
@@ -68,6 +69,7 @@ def collect_posteriors(
 
 @functools.lru_cache(maxsize=1)
 def _load(reference: str, gpu: bool):
+    refuse_missing_gpu(gpu)
     torch.set_num_threads(1)
     model, train_args = load_asr_model(reference)
     return model.to("cuda" if gpu else "cpu"), train_args
@@ -84,6 +86,8 @@ def _write(
         lengths = torch.full((len(utts),), speech.size(1), device=device)
         try:
             encoded, _ = model.encode(speech.to(device), lengths)
+        except TooLongUttError:  # a training refuses it, whatever is stored
+            raise
         except TooShortUttError:
             return None
         if isinstance(encoded, tuple):  # with intermediate outputs

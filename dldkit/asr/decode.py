@@ -196,10 +196,12 @@ def _thresholds(
         chosen = asked
         if asked == "auto":
             names = ("asr_train_config", "asr_model_file", "selector", "depth_profile")
+            # the jobs may have a GPU where this process, on a login node, has none
+            gpu = options["ngpu"] and torch.cuda.is_available()
             with without_espnets_news():
                 recogniser = Speech2Text(
                     **{name: options[name] for name in (*names, "dtype", "beam_size")},
-                    device="cuda" if options["ngpu"] else "cpu",
+                    device="cuda" if gpu else "cpu",
                     exit_threshold=0.0,  # refused at once, where it is impossible
                 )
             chosen = thresholds_on(recogniser, valid_dir, depths)

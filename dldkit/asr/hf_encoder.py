@@ -20,6 +20,14 @@ RATE = 16000
 LAYER_WEIGHTS = ("last", "weighted_sum")
 
 
+class TooLongUttError(UserError, TooShortUttError):
+    """Speech that an encoder has no positions for.
+
+    A training has to leave it out. In decoding it is like speech that is too short:
+    ESPnet writes an empty hypothesis, and goes on.
+    """
+
+
 class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
     """WavLM, HuBERT, wav2vec2, data2vec-audio or Whisper's encoder, of any depth.
 
@@ -165,7 +173,7 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
 
         Raises:
             TooShortUttError: for an utterance without a frame.
-            UserError: for speech that Whisper has no positions for.
+            TooLongUttError: for speech that Whisper has no positions for.
         """
         if self.training and self.freeze_steps:
             self._freeze_or_thaw()

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from dldkit.asr.hf_encoder import RATE
+from dldkit.asr.hf_encoder import RATE, TooLongUttError
 from dldkit.depth.layers import GatedModuleList
 from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
@@ -300,13 +300,14 @@ class WhisperFamily(torch.nn.Module):
         """Return how many frames (Batch,) so many samples have.
 
         Raises:
-            UserError: for speech that the model has no positions for.
+            TooLongUttError: for speech that the model has no positions for.
         """
         if int(samples.max()) > self.longest:
-            raise UserError(
+            raise TooLongUttError(
                 f"utterance number {int(samples.argmax())} of a batch has "
                 f"{int(samples.max())} samples: Whisper takes at most {self.longest}. "
-                "Cut it, or leave it out (--max_wav_duration, for training)"
+                "Of training and validation data, cut it, or leave it out (stage 4, "
+                f"--max_wav_duration {self.longest / RATE:g})"
             )
         return samples // self.frame
 

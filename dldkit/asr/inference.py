@@ -1,7 +1,9 @@
 """Recognition at a chosen depth: greedy CTC, or ESPnet's beam search."""
 
 import logging
+import math
 import re
+import sys
 import tempfile
 import threading
 import zipfile
@@ -21,9 +23,11 @@ from espnet2.utils.pretrained import download_pretrained
 from espnet2.utils.types import str_or_none
 
 import dldkit
+from dldkit.asr.hf_encoder import TooLongUttError
 from dldkit.asr.loading import check_weights, encoder_states, read_checkpoint
 from dldkit.asr.speech import refuse_missing_speech
 from dldkit.asr.stopping import BestPath, best_paths, stopping, usable_exits
+from dldkit.data.frames import refuse_missing_gpu
 from dldkit.depth.profile import find_profile, fingerprint
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
@@ -246,14 +250,24 @@ def inference(
 
     ESPnet's own loop reads data, decodes and writes; it looks its Speech2Text up by
     name, which is where ours comes in. With an exit_threshold, `depth` is written
-    beside `score`: the depth at which each utterance left.
+    beside `score`: the depth at which each utterance left. What the encoder can not
+    take has an empty hypothesis: of score 0 where it is too short, as in ESPnet, and
+    of -inf where it is too long.
     """
+    unheard_result = espnet_inference._too_short_result
+
+    def too_short_or_long(*args):
+        results = unheard_result(*args)
+        if isinstance(sys.exception(), TooLongUttError):
+            results = [[*found, h._replace(score=-math.inf)] for *found, h in results]
+        return results
+
     write_results = espnet_inference._write_results
 
     def write_with_depth(writer, key, results, **options):
         write_results(writer=writer, key=key, results=results, **options)
         hypothesis = results[0][-1]
-        if hasattr(hypothesis, "depth"):  # else it was too short for the encoder
+        if hasattr(hypothesis, "depth"):  # else the encoder could not take it
             writer["1best_recog"]["depth"][key] = str(hypothesis.depth)
 
     class DepthSpeech2Text(Speech2Text):
@@ -267,6 +281,7 @@ def inference(
                 **kwargs,
             )
 
+    refuse_missing_gpu(espnet_options["ngpu"])
     writes = write_results if exit_threshold is None else write_with_depth
     for path, _, kind in espnet_options["data_path_and_name_and_type"]:
         refuse_missing_speech(path, kind)
@@ -274,6 +289,7 @@ def inference(
         with (
             patched(espnet_inference, "Speech2Text", DepthSpeech2Text),
             patched(espnet_inference, "_write_results", writes),
+            patched(espnet_inference, "_too_short_result", too_short_or_long),
         ):
             espnet_inference.inference(**espnet_options)
     except (soundfile.LibsndfileError, OSError) as error:

@@ -166,7 +166,8 @@ def thresholds_on(
             batch = recogniser.padded(speech[begin : begin + BATCH_SIZE])
             with model.encoder.collected(exits) as outputs:
                 _, lengths = model.encode(**batch)
-        except TooShortUttError:  # all of the batch, as they are sorted
+        except TooShortUttError:
+            # or too long: as they are sorted, so is most of the batch
             continue
         log_probs = (log_probs_at(model, *output) for output in outputs.items())
         rows.append(torch.stack([entropy(x, lengths) for x in log_probs], 1).cpu())

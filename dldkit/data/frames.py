@@ -8,6 +8,7 @@ ESPnet's own `kaldi_ark` has neither float16 nor three dimensions.
 import argparse
 import hashlib
 import logging
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -151,10 +152,21 @@ def collected_from(directory: Path, name: str) -> Path:
     return done if done.is_file() else directory / f"{name}.scp"
 
 
-def refuse_missing_gpu(ngpu: int) -> None:
-    """Raise a UserError if a GPU is asked for that is not there."""
-    if ngpu and not torch.cuda.is_available():
-        raise UserError(f"ngpu {ngpu}: no GPU can be used here: set it to 0")
+def refuse_missing_gpu(ngpu: int, parallel_config: Optional[str] = None) -> None:
+    """Refuse a GPU that is not where it is needed.
+
+    Args:
+        parallel_config: where the work is done; None = here. Elsewhere, the jobs have
+            to ask: whoever submits them, from a login node, may have none.
+
+    Raises:
+        UserError: there is none.
+    """
+    if ngpu and not parallel_config and not torch.cuda.is_available():
+        raise UserError(
+            f"ngpu {int(ngpu)}: no GPU can be used on {socket.gethostname()}: set it "
+            "to 0, or let the jobs of --parallel_config ask for one (docs/cluster.md)"
+        )
 
 
 def read_in_training(

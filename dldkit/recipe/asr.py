@@ -19,6 +19,7 @@ from dldkit.recipe.config import (
     is_open,
     training_config,
 )
+from dldkit.recipe.encoders import refuse_unknown_options
 from dldkit.recipe.values import by_name, number, parsed, words_of
 
 # what a system's config may leave to the recipe, by ???
@@ -52,6 +53,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         settings["start_name"] = name_of(options["start_from"])
         settings["token_type"] = start["token_type"]
         config = training_config(options, "asr", systems, start)
+    refuse_unknown_options(config)
     settings["needs_reference"] = str(is_open(config, "model_conf.reference")).lower()
     system = training_config({**options, "asr_args": ""}, "asr", systems)
     # what --asr_args give has no place in the system's config any more
@@ -133,6 +135,8 @@ def _reference(
             f"--reference_system {system}: it needs a reference itself; choose one "
             "that needs none, such as static or early_exit"
         )
+    if is_open(student, "model_conf.reference") and not options["reference"]:
+        refuse_unknown_options(config)
     if is_open(student, "init_param"):
         is_trained = is_open(student, "model_conf.reference") and not given_reference
         fits = is_trained and _weights(config) == _weights(student)

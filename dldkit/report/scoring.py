@@ -16,6 +16,9 @@ from dldkit.errors import UserError
 
 # Resampled utterances held in memory at a time by bootstrap_interval.
 _CHUNK = 4_000_000
+# Scores that say why there is no text: only a sum of no logarithms is 0, and -inf is
+# what `dldkit.asr.inference` writes. Beam search has `tensor(-9.5)`, and never these.
+UNHEARD = {"0.0": "too short for the encoder", "-inf": "too long for the encoder"}
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,8 @@ def not_decoded(data_dir: Path, decoded_dir: Path) -> dict[str, str]:
     if (decoded_dir / "score").is_file():
         scores = read_table(decoded_dir / "score")
         for utt_id, text in read_text(decoded_dir / "text").items():
-            # only a sum of no logarithms is 0; of beam search, they are `tensor(-9.5)`
-            if not text and scores[utt_id] == "0.0":
-                found[utt_id] = "too short for the encoder"
+            if not text and scores[utt_id] in UNHEARD:
+                found[utt_id] = UNHEARD[scores[utt_id]]
     return found
 
 

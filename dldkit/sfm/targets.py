@@ -70,7 +70,7 @@ def collect_targets(
     """
     if dtype not in BYTES:
         raise UserError(f"unknown dtype {dtype!r}: choose {' or '.join(BYTES)}")
-    refuse_missing_gpu(ngpu)
+    refuse_missing_gpu(ngpu, parallel_config)
     output_dir = Path(output_dir)
     layers = sorted(set(layers or usual_layers(teacher_info(teacher))))
     opened = open_teacher(teacher, layers)
@@ -185,6 +185,7 @@ def _samples_of(utt: str, wav: str) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _open(teacher: str, layers: tuple[int, ...], gpu: bool) -> Teacher:
+    refuse_missing_gpu(gpu)
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # float32, as in a training on the CPU
     return open_teacher(teacher, layers, "cuda" if gpu else "cpu")

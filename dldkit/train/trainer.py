@@ -52,6 +52,11 @@ class ResumableTrainer(Trainer):
             )
         checkpoint = _Checkpoint(trainer_options, kwargs["distributed_option"])
         checkpoint.settle(trainer_options.best_model_criterion)
+        for module in model.modules():
+            # of the training that init_param's weights are from; a resumed one's own
+            # count comes with its checkpoint
+            if hasattr(module, "steps_done"):
+                module.steps_done.zero_()
         begin_schedules(schedulers, train_iter_factory, trainer_options)
         with _atomic_saves():
             super().run(

@@ -210,6 +210,17 @@ def test_too_short_utterances_are_left_out(
         DLDASRTask.check_data(args)
 
 
+def test_a_gpu_is_looked_for_where_the_work_is_done(
+    static, corpus, tmp_path, in_this_process, monkeypatch
+):
+    """A login node has none: the jobs that it submits find out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for where, jobs in (({}, []), ({"parallel_config": "slurm.yaml"}, [1])):
+        with pytest.raises(UserError, match="ngpu 1: no GPU"):
+            collect_posteriors(static, [corpus.dev], tmp_path, ngpu=1, **where)
+        assert in_this_process == jobs
+
+
 def test_another_request_starts_anew(static, corpus, tmp_path):
     collect_posteriors(static, [corpus.dev], tmp_path)
     collect_posteriors(static, [corpus.dev], tmp_path, top_k=2)

@@ -271,6 +271,14 @@ class TestEarlyStopping:
         assert run("none") == 0
         assert read_thresholds(with_exits / "greedy") == []
 
+    def test_a_login_node_needs_no_gpu(self, run, with_exits, jobs, monkeypatch):
+        """It chooses the thresholds; the jobs decode, and say what they lack."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError, match="ngpu 1: no GPU"):
+            run("auto", inference_args=["--ngpu", "1"], parallel_config="slurm.yaml")
+        assert len(read_thresholds(with_exits / "greedy")) == 2
+        assert len(jobs) == 5
+
     def test_what_can_not_stop_early_is_refused(self, run, experiment, corpus):
         with pytest.raises(UserError, match="beam_size 1"):
             run("auto", inference_args=["--beam_size", "3", "--ctc_weight", "1.0"])

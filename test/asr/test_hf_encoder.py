@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import transformers
 from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShortUttError
@@ -16,8 +17,11 @@ from espnet2.tasks.asr import encoder_choices
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import dldkit
+from dldkit.asr.collection import collect_posteriors
+from dldkit.bin import asr_inference
 from dldkit.errors import UserError
 from dldkit.report.cost import macs, parameters_in_use
+from dldkit.report.scoring import not_decoded
 from dldkit.sfm.wave import log_mel, normalize_speech
 
 dldkit.register()
@@ -254,8 +258,47 @@ class TestBatches:
 
     def test_whisper_refuses_what_it_has_no_positions_for(self, saved):
         encoder = make(saved("whisper")[1])
-        with pytest.raises(UserError, match="number 1 of a batch has 16001 samples"):
+        message = "number 1 of a batch has 16001 samples.*--max_wav_duration 1"
+        with pytest.raises(UserError, match=message):
             encoder(torch.zeros(2, 16001), torch.tensor([9000, 16001]))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            [],
+            ["--batch_size", "1"],
+            ["--exit_threshold", "1"],
+            ["--beam_size", "2", "--ctc_weight", "1", "--batch_size", "1"],
+        ],
+    )
+    def test_decoding_goes_on_after_what_is_too_long(
+        self, saved, build_hf, tmp_path, options
+    ):
+        """In a batch with others, and alone; stopping early, and by beam search."""
+        exp, data = tmp_path / "exp", tmp_path / "data"
+        exits = dict(layer_choice="prefix", depth_sampler="full", exits=1)
+        build_hf(saved("whisper")[1], exits, model="dld", directory=exp)
+        data.mkdir()
+        lines = []
+        for utt, size in dict(a=9000, long=16001, short=300).items():
+            soundfile.write(data / f"{utt}.wav", np.full(size, 0.1), 16000)
+            lines.append(f"{utt} {data}/{utt}.wav\n")
+        (data / "wav.scp").write_text("".join(lines))
+        asr_inference.main(
+            [*("--output_dir", str(tmp_path), "--num_workers", "0")]
+            + [*("--asr_train_config", str(exp / "config.yaml"))]
+            + [*("--asr_model_file", str(exp / "valid.loss_ctc.best.pth"))]
+            + [*("--data_path_and_name_and_type", f"{data}/wav.scp,speech,sound")]
+            + options
+        )
+        assert not_decoded(data, tmp_path / "1best_recog") == {
+            "long": "too long for the encoder",
+            "short": "too short for the encoder",
+        }
+        texts = (tmp_path / "1best_recog" / "text").read_text().splitlines()
+        assert [text.split()[0] for text in texts] == ["a", "long", "short"]
+        with pytest.raises(UserError, match="16001 samples"):  # they are for training
+            collect_posteriors(exp, [data], tmp_path / "posteriors")
 
 
 class TestExits:
@@ -826,6 +869,45 @@ def test_the_wavlm_setting_of_the_paper_trains(saved, corpus, tmp_path):
         # the rate has only begun to rise: weights near 1 are still what they were
         moved = {k for k in begun.keys() - kept if k.endswith("q_proj.weight")}
         assert moved
+
+
+@pytest.mark.integration
+def test_freeze_steps_are_those_of_this_training(saved, corpus, tmp_path):
+    """Not those of the model that it begins with; a resumed one goes on counting."""
+    from dldkit.bin.asr_train import main
+
+    path = saved("hubert")[1]
+    name = "encoder.model.encoder.layers.0.attention.q_proj.weight"
+
+    def train(exp: str, epochs: int, begin: str) -> dict[str, torch.Tensor]:
+        espnets = "output_size attention_heads linear_units cnn_module_kernel"
+        espnets += " macaron_style dropout_rate num_blocks"
+        encoder_conf = dict(model=str(path), freeze_steps=2, depth_sampler="full")
+        main(
+            corpus.training(
+                tmp_path / exp,
+                encoder="ld_hf",
+                encoder_conf={**dict.fromkeys(espnets.split()), **encoder_conf},
+                input_size=1,
+                frontend_conf=dict(fs=16000),
+                specaug=None,
+                normalize=None,
+                init_param=[begin] if begin else [],
+                batch_type="unsorted",
+                batch_size=3,
+                num_iters_per_epoch=1,
+                max_epoch=epochs,
+            )
+        )
+        return torch.load(tmp_path / exp / f"{epochs}epoch.pth")
+
+    begun = train("other", 3, "")
+    other = str(tmp_path / "other" / "3epoch.pth")
+    assert torch.equal(train("broken", 1, other)[name], begun[name])
+    broken = train("broken", 3, other)
+    assert not torch.equal(broken[name], begun[name])
+    unbroken = train("unbroken", 3, other)
+    assert all(torch.equal(broken[key], unbroken[key]) for key in unbroken)
 
 
 def test_the_config_of_an_experiment_is_no_new_training(saved, build_hf, tmp_path):

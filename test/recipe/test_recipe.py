@@ -1,6 +1,7 @@
 """Options of the recipes: what can not work is refused before the first stage."""
 
 import dataclasses
+import inspect
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from dldkit.errors import UserError
+from dldkit.recipe.encoders import options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 AN4 = ROOT / "egs2" / "mini_an4" / "asr1"  # a model of four layers
@@ -382,6 +384,44 @@ def test_a_reference_that_can_not_be_trained_is_refused(check, system, why):
 
 
 @pytest.mark.parametrize(
+    "encoder, changes, unknown",
+    [
+        ("ld_e_branchformer", dict(system="stochastic_depth"), "stochastic_depth_rate"),
+        ("ld_conformer", dict(asr_args="--encoder_conf kept=1 x=2"), "kept, x"),
+        (
+            "ld_e_branchformer",
+            dict(system="dld", reference_system="stochastic_depth"),
+            "stochastic_depth_rate",
+        ),
+    ],
+)
+def test_an_encoder_that_lacks_an_option_is_refused(check, encoder, changes, unknown):
+    config = yaml.safe_load(Path("conf/train_asr.yaml").read_text())
+    Path("conf/train_asr.yaml").write_text(
+        yaml.safe_dump({**config, "encoder": encoder})
+    )
+    with pytest.raises(UserError, match=f"encoder_conf {unknown}: {encoder} has no"):
+        check(**changes)
+    Path("exp").mkdir()  # of a reference that is not to be trained
+    check(**{**changes, "system": "dld", "asr_args": "", "reference": "exp"})
+
+
+def test_options_of_encoders_are_those_of_their_classes():
+    """Which are not imported: that would take as long as all other checks together."""
+    code = "import sys; from dldkit.recipe.encoders import options_of; "
+    code += "options_of('LDHuggingFaceEncoder'); print('torch' in sys.modules)"
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert printed == "False\n"
+
+    from dldkit import registry
+
+    kinds = "Conformer Transformer Branchformer EBranchformer HuggingFace"
+    for name in (f"LD{kind}Encoder" for kind in kinds.split()):
+        own = inspect.signature(getattr(registry, name)).parameters
+        assert options_of(name) == set(own) - {"input_size"}
+
+
+@pytest.mark.parametrize(
     "begins_with, changes",
     [
         ("reference", {}),
@@ -470,9 +510,11 @@ class TestPretrainedEncoder:
             (dict(fs="8k"), "--fs 8k: .*say --fs 16k"),
             (dict(feats_type="fbank"), "say --feats_type raw"),
             (dict(feats_normalize="global_mvn"), "say --feats_normalize none"),
+            (dict(system="stochastic_depth"), "rate: ld_hf has no such option"),
+            (dict(asr_args="--encoder_conf keep_final_norm=1"), "norm: ld_hf has no"),
         ],
     )
-    def test_takes_speech_as_it_is(self, check_hf, changes, message):
+    def test_takes_no_other_speech_or_option(self, check_hf, changes, message):
         with pytest.raises(UserError, match=message):
             check_hf(**changes)
 

@@ -220,10 +220,15 @@ def test_batches_equal_one_utterance_at_a_time(
         assert np.allclose(batches[utt], single[utt], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_missing_gpu_is_refused(hubert, data_dirs, tmp_path):
-    with pytest.raises(UserError, match="ngpu 1: no GPU"):
-        collect_targets(hubert, [1], data_dirs, tmp_path / "cache", ngpu=1)
+def test_a_gpu_is_looked_for_where_the_work_is_done(
+    hubert, data_dirs, tmp_path, parts, monkeypatch
+):
+    """A login node has none: the jobs that it submits find out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for where, jobs in (({}, 0), ({"parallel_config": "slurm.yaml"}, 1)):
+        with pytest.raises(UserError, match="ngpu 1: no GPU"):
+            collect_targets(hubert, [1], data_dirs, tmp_path / "t", ngpu=1, **where)
+        assert len(parts) == jobs
 
 
 def test_an_interrupted_collection_continues(
