@@ -28,6 +28,11 @@ class TooLongUttError(UserError, TooShortUttError):
     """
 
 
+def _drop_count(encoder: torch.nn.Module, weights: dict, prefix: str, *_) -> None:
+    """Leave out the count of a model that was frozen at first, which is no weight."""
+    weights.pop(f"{prefix}steps_done", None)
+
+
 class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
     """WavLM, HuBERT, wav2vec2, data2vec-audio or Whisper's encoder, of any depth.
 
@@ -148,6 +153,8 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
         if freeze_steps:
             # Not an integer: ESPnet's averaging of checkpoints would add them up.
             self.register_buffer("steps_done", torch.zeros(()))
+        else:
+            self.register_load_state_dict_pre_hook(_drop_count)
 
     @property
     def masking(self) -> torch.nn.Module:
