@@ -62,7 +62,8 @@ def test_a_sound_corpus_comes_out_sample_by_sample(corpus, speech):
         else:
             truth = samples
             if path.suffix == ".mp3":
-                truth = soundfile.read(path, dtype="float32")[0]
+                # libsndfile by itself keeps the delay of the decoder
+                truth = soundfile.read(path, dtype="float32")[0][529:]
                 truth = np.clip(np.round(truth * 32768), -32768, 32767)
             got, rate = soundfile.read(wavs[utts[0]], dtype="int16")
             assert rate == RATE
