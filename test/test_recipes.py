@@ -138,6 +138,19 @@ def test_install_without_a_python_says_what_to_do(tmp_path):
     shell("tools/install.sh", "--nope", cwd=ROOT, status=2, env=env)
 
 
+@pytest.mark.parametrize("recipe", ["commonvoice/asr1", "digits/ssl1"])
+def test_stage_1_has_the_jobs_and_the_language_of_run_sh(tmp_path, recipe):
+    """Also where local/data.sh is given options of its own."""
+    directory = copy_of_the_recipes(tmp_path) / recipe
+    (directory / "local/data.sh").write_text(
+        '#!/bin/sh\necho "got ${DLDKIT_NJ} ${DLDKIT_LANG} $*"; exit 3\n'
+    )
+    words = ["--nj", "3", "--lang", "cy", "--local_data_opts", "--data_dir x"]
+    env = environment(TEACHER="any")
+    text = shell("./run.sh", *words, cwd=directory, env=env, status=3)
+    assert text.endswith("got 3 cy --data_dir x\n")
+
+
 # ---------------------------------------------------------------- a recipe of one's own
 
 

@@ -39,14 +39,16 @@ def corpus_parser(
     """Return a parser with the options that all preparations have.
 
     Args:
-        nj: default of `--nj`, if the preparation reads headers in threads.
+        nj: default of `--nj` outside of a recipe, if the preparation reads headers in
+            threads.
     """
     parser = command_parser(description)
     parser.add_argument("--data_dir", default="data", help="where the sets go")
     parser.add_argument("--download_dir", default="downloads", help="where corpora go")
     if nj is not None:
+        jobs = os.environ.get("DLDKIT_NJ", nj)  # as run.sh says
         parser.add_argument(
-            "--nj", type=positive, default=nj, help="threads that read headers"
+            "--nj", type=positive, default=jobs, help="threads that read headers"
         )
     return parser
 

@@ -12,6 +12,7 @@ import soundfile
 from layouts import CORPORA, RATE, WORDS, tedlium3, write
 
 import dldkit.data.from_lhotse as from_lhotse_module
+from dldkit.data.corpus import corpus_parser
 from dldkit.data.datadir import read_table, utterances
 from dldkit.data.format import Format, format_data
 
@@ -249,6 +250,17 @@ def test_a_missing_corpus_says_what_to_set(corpus, variable, monkeypatch, capsys
         corpus.prepare()
     said = capsys.readouterr().err
     assert said.startswith("error: ") and corpus.variable in said
+
+
+def test_the_jobs_and_the_language_of_run_sh_count(recipe, monkeypatch, capsys):
+    for name, value in (("NJ", "3"), ("LANG", "cy")):
+        monkeypatch.setenv(f"DLDKIT_{name}", value)
+    monkeypatch.setenv("COMMONVOICE", "")
+    with pytest.raises(SystemExit):
+        recipe("commonvoice").main(["--data_dir", "x"])
+    assert "language cy at" in capsys.readouterr().err
+    assert corpus_parser("", nj=2).parse_args([]).nj == 3
+    assert recipe("espeak_words").get_parser().parse_args([]).nj == 3
 
 
 def test_a_line_that_is_there_twice_is_used_once(recipe, speech, tmp_path, monkeypatch):

@@ -140,7 +140,8 @@ def _prepare(
 def main(cmd=None) -> None:
     """Run stage 1 of the recipe."""
     parser = corpus_parser(__doc__, nj=2)
-    parser.add_argument("--lang", default="en", help="language, as en or zh-CN")
+    lang = os.environ.get("DLDKIT_LANG", "en")  # as run.sh says
+    parser.add_argument("--lang", default=lang, help="language, as en or zh-CN")
     args = parse(parser, cmd)
     corpus = find_commonvoice(args.lang)
     prepare(args.lang, corpus, Path(args.data_dir), args.nj)
