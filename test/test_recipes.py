@@ -195,6 +195,9 @@ def test_a_recipe_of_one_s_own_prepares_its_data(own_recipe):
         assert len(lines) == size
         assert "my_words" in (recipe / "data" / name / "corpus_source").read_text()
     assert "@" not in (recipe / "README.md").read_text()
+    (Path(env["MY_WORDS"]) / "dev" / "text").unlink()
+    text = shell("./run.sh", "--stop_stage", 1, cwd=recipe, env=env, status=1)
+    assert text.endswith("lacks dev/text: complete the corpus\n")
     env["MY_WORDS"] = ""
     text = shell("./run.sh", "--stop_stage", 1, cwd=recipe, env=env, status=1)
     assert "error: set MY_WORDS to the directory" in text

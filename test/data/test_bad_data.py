@@ -238,7 +238,7 @@ def test_an_interrupted_preparation_is_done_again_and_a_finished_one_kept(
     assert text.stat().st_mtime_ns != before
 
 
-@pytest.mark.parametrize("variable", ["", "/nowhere/at/all"])
+@pytest.mark.parametrize("variable", ["", "downloads", "/nowhere/at/all"])
 def test_a_missing_corpus_says_what_to_set(corpus, variable, monkeypatch, capsys):
     monkeypatch.setenv(corpus.variable, variable)
 
@@ -250,6 +250,18 @@ def test_a_missing_corpus_says_what_to_set(corpus, variable, monkeypatch, capsys
         corpus.prepare()
     said = capsys.readouterr().err
     assert said.startswith("error: ") and corpus.variable in said
+
+
+def test_no_download_is_advised_where_there_is_none(
+    recipe, speech, tmp_path, monkeypatch, capsys
+):
+    layout = CORPORA["commonvoice"](tmp_path, speech)
+    monkeypatch.setenv("COMMONVOICE", str(layout.home))
+    layout.transcript.with_name("dev.tsv").unlink()
+    with pytest.raises(SystemExit):
+        recipe("commonvoice").main(["--lang", "cy"])
+    said = capsys.readouterr().err
+    assert said.endswith("lacks cy/dev.tsv: complete the corpus\n")
 
 
 def test_the_jobs_and_the_language_of_run_sh_count(recipe, monkeypatch, capsys):
