@@ -164,6 +164,7 @@ def own_recipe(tmp_path):
     for words, complaint in (
         (["my_words"], "exists already"),
         (["My-Words"], "write small letters"),
+        (["path"], "find its corpus by $PATH, which is set already"),
         ([], "usage: "),
     ):
         assert complaint in shell(template, *words, cwd=tmp_path, status=1)
