@@ -37,11 +37,23 @@ class Layout:
         self.transcript.write_bytes(content.replace(old.encode(), new))
 
 
+def as_ffmpeg_streams(mp3: bytes) -> bytes:
+    """Put a tag in front, and take away the first frame, which says the length.
+
+    Common Voice's clips are like that: ffmpeg wrote them to a pipe.
+    """
+    software = b"TSSE\0\0\0\x0f\0\0\x03Lavf58.29.100\0"
+    tag = b"ID3\x04\0\0\0\0\0" + bytes([len(software) + 10]) + software + bytes(10)
+    return tag + mp3[mp3.find(mp3[:2], 4) :]
+
+
 def write(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:
     """Write a file of the kind that its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".mp3":
-        soundfile.write(path, samples, rate, format="MP3")
+        how = dict(bitrate_mode="CONSTANT", compression_level=0.5)
+        soundfile.write(path, samples, rate, format="MP3", **how)
+        path.write_bytes(as_ffmpeg_streams(path.read_bytes()))
     else:
         kind = "NIST" if path.suffix == ".sph" else None
         soundfile.write(path, samples, rate, "PCM_16", format=kind)

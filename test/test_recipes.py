@@ -155,6 +155,19 @@ def test_install_without_a_python_says_what_to_do(tmp_path):
     shell("tools/install.sh", "--nope", cwd=ROOT, status=2, env=env)
 
 
+@pytest.mark.parametrize("recipe", ["commonvoice/asr1", "digits/ssl1"])
+def test_stage_1_has_the_jobs_and_the_language_of_run_sh(tmp_path, recipe):
+    """Also where local/data.sh is given options of its own."""
+    directory = copy_of_the_recipes(tmp_path) / recipe
+    (directory / "local/data.sh").write_text(
+        '#!/bin/sh\necho "got ${DLDKIT_NJ} ${DLDKIT_LANG} $*"; exit 3\n'
+    )
+    words = ["--nj", "3", "--lang", "cy", "--local_data_opts", "--data_dir x"]
+    env = environment(TEACHER="any")
+    text = shell("./run.sh", *words, cwd=directory, env=env, status=3)
+    assert text.endswith("got 3 cy --data_dir x\n")
+
+
 # ---------------------------------------------------------------- a recipe of one's own
 
 
@@ -168,6 +181,7 @@ def own_recipe(tmp_path):
     for words, complaint in (
         (["my_words"], "exists already"),
         (["My-Words"], "write small letters"),
+        (["path"], "find its corpus by $PATH, which is set already"),
         ([], "usage: "),
     ):
         assert complaint in shell(template, *words, cwd=tmp_path, status=1)
@@ -199,6 +213,9 @@ def test_a_recipe_of_one_s_own_prepares_its_data(own_recipe):
         assert len(lines) == size
         assert "my_words" in (recipe / "data" / name / "corpus_source").read_text()
     assert "@" not in (recipe / "README.md").read_text()
+    (Path(env["MY_WORDS"]) / "dev" / "text").unlink()
+    text = shell("./run.sh", "--stop_stage", 1, cwd=recipe, env=env, status=1)
+    assert text.endswith("lacks dev/text: complete the corpus\n")
     env["MY_WORDS"] = ""
     text = shell("./run.sh", "--stop_stage", 1, cwd=recipe, env=env, status=1)
     assert "error: set MY_WORDS to the directory" in text

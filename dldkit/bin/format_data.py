@@ -38,7 +38,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--n_mels", type=positive, default=80, help="dimension of fbank"
     )
     parser.add_argument(
-        "--channel", type=int, help="to read, from 0; default: all of them, mixed"
+        "--channel",
+        type=int,
+        help="to read, from 0, where the directory names none; default: all, mixed",
     )
     add_job_options(parser)
     parser.add_argument(

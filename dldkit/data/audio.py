@@ -12,6 +12,8 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
+from dldkit.data.mp3 import with_length
+
 PathLike = str | Path
 # A WAV that was streamed declares a size from here up: sox writes this one, ffmpeg and
 # others write all ones.
@@ -134,6 +136,11 @@ def _read(
 
 def _opened(file: BinaryIO) -> soundfile.SoundFile:
     """Open a file by its content, or by its name where libsndfile needs that."""
+    if file.read(1) in (b"I", b"\xff"):  # an ID3 tag, or the frame of an MP3
+        file.seek(0)
+        if (mp3 := with_length(file.read())) is not None:
+            return soundfile.SoundFile(io.BytesIO(mp3))
+    file.seek(0)
     name = getattr(file, "name", None)
     return soundfile.SoundFile(name if name is not None else file)
 

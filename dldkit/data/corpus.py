@@ -39,14 +39,16 @@ def corpus_parser(
     """Return a parser with the options that all preparations have.
 
     Args:
-        nj: default of `--nj`, if the preparation reads headers in threads.
+        nj: default of `--nj` outside of a recipe, if the preparation reads headers in
+            threads.
     """
     parser = command_parser(description)
     parser.add_argument("--data_dir", default="data", help="where the sets go")
     parser.add_argument("--download_dir", default="downloads", help="where corpora go")
     if nj is not None:
+        jobs = os.environ.get("DLDKIT_NJ", nj)  # as run.sh says
         parser.add_argument(
-            "--nj", type=positive, default=nj, help="threads that read headers"
+            "--nj", type=positive, default=jobs, help="threads that read headers"
         )
     return parser
 
@@ -55,7 +57,11 @@ def corpus_parser(
 
 
 def find_corpus(
-    variable: str, nested: str, needed: Iterable[str], hint: str = ""
+    variable: str,
+    nested: str,
+    needed: Iterable[str],
+    hint: str = "",
+    download: bool = True,
 ) -> Path | None:
     """Return the directory that a variable names; None if it is empty or `DOWNLOADS`.
 
@@ -63,6 +69,7 @@ def find_corpus(
         nested: the corpus's own directory; the variable may name the one around it.
         needed: what must be in it.
         hint: what else may be done about missing parts.
+        download: whether the recipe can download the corpus.
 
     Raises:
         UserError: something is missing.
@@ -77,9 +84,10 @@ def find_corpus(
         corpus /= nested
     missing = [name for name in needed if not (corpus / name).exists()]
     if missing:
+        if download:
+            hint += f", or unset {variable} to download it"
         raise UserError(
-            f"{variable}={home} lacks {' '.join(missing)}: complete the corpus"
-            f"{hint}, or unset {variable} to download it"
+            f"{variable}={home} lacks {' '.join(missing)}: complete the corpus{hint}"
         )
     return corpus
 

@@ -50,7 +50,8 @@ class Format:
         audio_format: `flac` or `wav`, 16 bit, a file each; or `flac.ark` or `wav.ark`,
             the same in Kaldi arks.
         n_mels: dimension of `fbank`.
-        channel: of recordings that have several, from 0; None = all of them, mixed.
+        channel: of recordings that have several, from 0; None = all of them, mixed. The
+            channel that the directory names for an utterance counts more.
     """
 
     feats_type: str = "raw"
@@ -66,6 +67,7 @@ class Utterance:
 
     Attributes:
         path: as in `wav.scp`: a file, a place in an archive, or a command.
+        channel: if the recording has several, from 0.
     """
 
     id: str
@@ -73,6 +75,7 @@ class Utterance:
     start: float = 0.0
     end: float | None = None
     speed: float = 1.0
+    channel: int | None = None
 
 
 @dataclass
@@ -172,7 +175,9 @@ def _keep_what_was_said(src: str, dst: Path, dropped: Table) -> None:
 
 
 def read_utterances(src: str, utts: list[str]) -> list[Utterance]:
-    """Join `wav.scp`, `segments` and `utt2speed` of a directory.
+    """Join the tables of a directory that say where its utterances are.
+
+    These are `wav.scp`, `segments`, `reco2file_and_channel` and `utt2speed`.
 
     Raises:
         UserError: a number is malformed.
@@ -181,16 +186,45 @@ def read_utterances(src: str, utts: list[str]) -> list[Utterance]:
     wavs = read_table(directory / "wav.scp")
     segments = _read_optional(directory / "segments")
     speeds = _read_optional(directory / "utt2speed")
+    sides = _read_optional(directory / "reco2file_and_channel")
+    if len({side.split()[-1] for side in sides.values()}) == 1:
+        sides = {}  # many write one letter for all, which says nothing
     entries = []
     for utt in utts:
         try:
             speed = float(speeds.get(utt, 1.0))
-            recording, *times = segments.get(utt, utt).split()
-            start, end = map(float, times) if times else (0.0, None)
+            recording, start, end, channel = _segment(segments.get(utt, utt))
+            if channel is None and recording in sides:
+                channel = _channel(sides[recording].split()[-1], first=1)
         except ValueError as error:
-            raise UserError(f"{directory}, segments or utt2speed of {utt}: {error}")
-        entries.append(Utterance(utt, wavs[recording], start, end, speed))
+            raise UserError(
+                f"{directory}, segments, reco2file_and_channel or utt2speed of {utt}: "
+                f"{error}"
+            )
+        entries.append(Utterance(utt, wavs[recording], start, end, speed, channel))
     return entries
+
+
+def _segment(line: str) -> tuple[str, float, float | None, int | None]:
+    """Return recording, start, end and channel of a line of `segments`."""
+    recording, *times = line.split()
+    if not times:
+        return recording, 0.0, None, None
+    if len(times) not in (2, 3):
+        raise ValueError(f"write `recording start end [channel]` in place of {line!r}")
+    start, end = map(float, times[:2])
+    channel = _channel(times[2], first=0) if len(times) == 3 else None
+    # Kaldi's -1 means the end of the recording
+    return recording, start, None if end < 0 else end, channel
+
+
+def _channel(name: str, first: int) -> int:
+    """Return the number, from 0, of a channel named A or B, or counted from `first`."""
+    if name in ("A", "B"):
+        return "AB".index(name)
+    if not name.isdecimal() or int(name) < first:
+        raise ValueError(f"channel {name}: write A, B or a number from {first}")
+    return int(name) - first
 
 
 def _read_optional(path: Path) -> Table:
@@ -217,13 +251,29 @@ def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> O
     return outcome
 
 
+def _read(utt: Utterance, form: Format) -> tuple[np.ndarray, int]:
+    """Read an utterance; its own channel counts where the recording has several.
+
+    Kaldi's directories name a side of recordings that a command has taken apart, too.
+    """
+    if utt.channel is None:
+        return read_channels(utt.path, utt.start, utt.end, form.channel)
+    audio, rate = read_channels(utt.path, utt.start, utt.end)
+    channels = audio.shape[1]
+    if channels == 1:
+        return audio, rate
+    if utt.channel >= channels:
+        raise BadAudio(f"no channel {utt.channel}: it has {channels}, from 0")
+    return audio[:, [utt.channel]], rate
+
+
 def _load(
     chunk: list[Utterance], form: Format, outcome: Outcome
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield what is usable, as (id, samples (Time,) at `form.fs` Hz); note the rest."""
     for utt in chunk:
         try:
-            audio, rate = read_channels(utt.path, utt.start, utt.end, form.channel)
+            audio, rate = _read(utt, form)
             if not np.ptp(audio, axis=0).any():
                 raise BadAudio(f"silent: its {len(audio)} samples are all the same")
             samples = convert(audio.mean(1), rate, form.fs, utt.speed)

@@ -28,8 +28,9 @@ def from_lhotse(
     """Write a data directory: `wav.scp`, `text`, `utt2spk`, and `segments` if needed.
 
     Utterances are named by their supervisions, and `segments` is left out when each of
-    them is a whole recording of its own. Supervisions without a recording are dropped
-    with a note. The audio is not opened: stage 3 drops what can not be read.
+    them is a whole recording of its own. Channels are mixed, unless supervisions name
+    them. Supervisions without a recording are dropped with a note. The audio is not
+    opened: stage 3 drops what can not be read.
 
     Args:
         source: the line that names the corpus, for `corpus_source`.
@@ -41,7 +42,7 @@ def from_lhotse(
 
     Raises:
         UserError: an id is there twice, a recording is not one whole file or command,
-            or nothing is left.
+            an utterance is in some of its channels, or nothing is left.
     """
     directory = Path(directory)
     dropped = dict(dropped or {})
@@ -68,7 +69,7 @@ def from_lhotse(
     report_dropped(directory, dropped, len(kept) + len(dropped))
     if not kept:
         raise UserError(f"{directory}: there are no utterances to write")
-    _refuse_separate_channels(kept, by_id, directory)
+    channels = _channels(kept, by_id, directory)
 
     used = {s.recording_id: by_id[s.recording_id] for s in kept.values()}
     tables: dict[str, Table] = {
@@ -78,13 +79,14 @@ def from_lhotse(
     if not any(tables["text"].values()):
         del tables["text"]  # speech without transcripts
     (directory / "segments").unlink(missing_ok=True)
-    if _are_whole(kept.values(), by_id):
+    if not channels and _are_whole(kept.values(), by_id):
         tables["wav_scp"] = {u: _entry(by_id[s.recording_id]) for u, s in kept.items()}
     else:
         names = _names_of(used, directory)
         tables["wav_scp"] = {names[id_]: _entry(used[id_]) for id_ in used}
         tables["segments"] = {
-            utt: f"{names[s.recording_id]} {s.start:.6f} {s.end:.6f}"
+            utt: f"{names[s.recording_id]} {s.start:.6f} {s.end:.6f} "
+            f"{channels.get(utt, '')}".rstrip()
             for utt, s in kept.items()
         }
     write_data_dir(directory, source, **tables)
@@ -160,24 +162,37 @@ def _names_of(ids: Iterable[str], directory: Path) -> Table:
     return names
 
 
-def _refuse_separate_channels(
-    kept: dict[str, "SupervisionSegment"], by_id: dict[str, "Recording"], directory
-) -> None:
-    """Refuse recordings of which different utterances use different channels.
+def _channels(
+    kept: dict[str, "SupervisionSegment"],
+    by_id: dict[str, "Recording"],
+    directory: Path,
+) -> dict[str, int]:
+    """Return the channels, from 0, of utterances that are in one of several.
 
-    Stage 3 mixes the channels of a recording, so that utterances would be heard twice.
+    Raises:
+        UserError: an utterance is in some channels of several.
     """
-    used = defaultdict(set)
-    for supervision in kept.values():
-        channel = supervision.channel
-        used[supervision.recording_id].add(
-            tuple(channel) if isinstance(channel, list) else channel
-        )
-    several = sorted(
-        id_ for id_ in used if len(used[id_]) > 1 and by_id[id_].num_channels > 1
-    )
-    if several:
-        raise UserError(
-            f"{directory}: utterances of {len(several)} recording(s) are in channels of"
-            f" their own, first: {several[0]}; write each channel to a file first"
-        )
+    channels: dict[str, int] = {}
+    used: dict[str, set[int | None]] = defaultdict(set)
+    for utt, supervision in kept.items():
+        there = by_id[supervision.recording_id].channel_ids
+        named = supervision.channel
+        named = set(named if isinstance(named, list) else [named])
+        if len(there) == 1 or named == set(there):
+            used[supervision.recording_id].add(None)
+        elif len(named) == 1 and named < set(there):
+            (channel,) = named
+            channels[utt] = there.index(channel)
+            used[supervision.recording_id].add(channel)
+        else:
+            raise UserError(
+                f"{directory}: utterance {utt} is in channels {sorted(named)} of "
+                f"recording {supervision.recording_id}, which has {there}: name one of "
+                "them, or all, to be mixed"
+            )
+    # 0 is lhotse's default: where all utterances have it, it says nothing
+    return {
+        utt: channel
+        for utt, channel in channels.items()
+        if used[kept[utt].recording_id] != {0}
+    }

@@ -32,16 +32,17 @@ def find_librispeech(
     download_dir: str,
     url: str = URL,
     besides: Sequence[str] = (),
+    hint: str = "",
 ) -> Path:
     """Return the LibriSpeech directory, after a download if $LIBRISPEECH is not set.
 
     Args:
         besides: splits to download, too; a directory that is named may lack them.
+        hint: what the recipe's user may do about a split that is lacking.
 
     Raises:
         UserError: $LIBRISPEECH lacks a split, or the download fails.
     """
-    hint = ", choose others with --splits"
     corpus = find_corpus("LIBRISPEECH", "LibriSpeech", splits, hint)
     if corpus is not None:
         return corpus

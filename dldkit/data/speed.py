@@ -43,9 +43,11 @@ def perturb_speed(src: str, dst: str, factors: Sequence[str]) -> None:
 def _perturb(
     directory: Path, dst: str, utts: Sequence[str], factors: Sequence[str]
 ) -> None:
-    names = ["text", "utt2spk"]
+    by_recording = ["wav.scp"]
+    if (directory / "reco2file_and_channel").is_file():
+        by_recording.append("reco2file_and_channel")
     segmented = (directory / "segments").is_file()
-    names.append("segments" if segmented else "wav.scp")
+    names = ["text", "utt2spk", *(["segments"] if segmented else by_recording)]
     old = {name: read_table(directory / name, allow_empty=True) for name in names}
     new: dict[str, Table] = {name: {} for name in [*names, "utt2speed"]}
     for factor in factors:
@@ -53,10 +55,11 @@ def _perturb(
         prefix = "" if speed == 1 else f"sp{factor}-"
         for utt in utts:
             for name in names:
-                value = old[name][utt]
-                new[name][prefix + utt] = prefix * (name == "utt2spk") + value
+                if utt in old[name]:  # reco2file_and_channel may name a few only
+                    value = old[name][utt]
+                    new[name][prefix + utt] = prefix * (name == "utt2spk") + value
             new["utt2speed"][prefix + utt] = str(speed)
     if segmented:
-        new["wav.scp"] = read_table(directory / "wav.scp")
+        new.update((name, read_table(directory / name)) for name in by_recording)
     write_data_dir(dst, read_source(directory), **new)
     logging.info(f"{dst}: {len(utts)} utterances at speeds {' '.join(factors)}")

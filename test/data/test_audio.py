@@ -1,8 +1,15 @@
 import numpy as np
 import pytest
 import soundfile
+from layouts import as_ffmpeg_streams
 
-from dldkit.data.audio import BadAudio, convert, read_audio, write_audio
+from dldkit.data.audio import (
+    BadAudio,
+    convert,
+    declared_length,
+    read_audio,
+    write_audio,
+)
 from dldkit.data.datadir import read_table
 
 
@@ -109,6 +116,65 @@ def test_streamed_wav_of_unknown_size_is_good(recording, tmp_path):
     content[4:8] = content[40:44] = b"\xff" * 4
     path.write_bytes(content)
     np.testing.assert_array_equal(read_audio(str(path))[0], samples)
+
+
+def length(path) -> int:
+    """The samples that are read, and promised by the header."""
+    samples = len(read_audio(str(path))[0])
+    assert declared_length(path)[0] == samples
+    return samples
+
+
+@pytest.fixture(params=[16000, 48000])
+def mp3s(request, recording, tmp_path):
+    """Two seconds as CBR and VBR, each with its length and without.
+
+    The VBR is first louder than later, so that its bitrate can not tell the length.
+    """
+    rate, files = request.param, {}
+    speech = convert(read_audio(recording)[0], 16000, rate)[: 2 * rate]
+    for mode in ("CONSTANT", "VARIABLE"):
+        how = dict(format="MP3", bitrate_mode=mode, compression_level=0.4)
+        path = tmp_path / f"{mode}.mp3"
+        soundfile.write(path, speech * np.linspace(2, 0, len(speech)), rate, **how)
+        content = path.read_bytes()
+        first = content.find(content[:2], 4)
+        assert content[:first].count(b"Info") + content[:first].count(b"Xing") == 1
+        files[path] = content[first:]
+    return files
+
+
+def test_an_mp3_s_length_is_counted_where_it_is_not_said(mp3s, tmp_path):
+    for path, stream in mp3s.items():
+        whole, fs = read_audio(str(path))
+        for number, content in enumerate(
+            (
+                stream,
+                as_ffmpeg_streams(path.read_bytes()),
+                stream + b"TAG" + bytes(125),
+                stream + b"APETAGEX" + b"\xff\xfb" * 999,
+            )
+        ):
+            bare = tmp_path / f"{path.stem}{number}.mp3"
+            bare.write_bytes(content)
+            # the encoder's delay and the end of the last frame are there, too
+            assert 0 < (more := length(bare) - len(whole)) < 3 * 1152
+            samples = read_audio(f"cat {bare} |")[0]
+            np.testing.assert_array_equal(samples, read_audio(str(bare))[0])
+            distances = [abs(samples[n:][:fs] - whole[:fs]).sum() for n in range(more)]
+            delay = np.argmin(distances)
+            np.testing.assert_allclose(
+                samples[delay:][: len(whole)], whole, rtol=0, atol=1e-3
+            )
+
+
+def test_a_truncated_mp3_is_bad(mp3s, tmp_path):
+    for path, stream in mp3s.items():
+        said = path.read_bytes()
+        for content in (said[: len(said) // 2], stream[:-20]):
+            path.write_bytes(content)
+            with pytest.raises(BadAudio, match="truncated"):
+                read_audio(str(path))
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,73 @@ def test_speeds_and_segments(train, tmp_path):
     np.testing.assert_array_equal(part, read_audio(path, 0.25, 0.75)[0])
 
 
+@pytest.fixture
+def call(an4, tmp_path):
+    """A directory with utterances a and b of two sides, which are returned, too."""
+    path = next(iter(scp(an4 / "train_nodev").values()))
+    left = soundfile.read(path, dtype="int16")[0]
+    right = left[::-1]
+    soundfile.write(tmp_path / "call.wav", np.stack([left, right], 1), 16000)
+    directory = tmp_path / "call"
+    directory.mkdir()
+    write_table(directory / "text", {"a": "A", "b": "B"})
+    write_table(directory / "utt2spk", {"a": "a", "b": "b"})
+    write_table(directory / "wav.scp", {"call": tmp_path / "call.wav"})
+    return directory, left, right
+
+
+def formatted(directory, out, **how):
+    """What stage 3 makes of utterances a and b."""
+    format_data(directory, out, Format(**how))
+    return [soundfile.read(scp(out)[utt], dtype="int16")[0] for utt in "ab"]
+
+
+@pytest.mark.parametrize("names", ["AB", "01"])
+def test_kaldi_s_end_and_channel_of_a_segment(call, tmp_path, names):
+    directory, left, right = call
+    lines = {"a": f"call 0.5 -1 {names[0]}", "b": f"call 0.25 -1.0 {names[1]}"}
+    write_table(directory / "segments", lines)
+    for out, how in (("1", {}), ("2", {"channel": 0})):  # the directory counts more
+        a, b = formatted(directory, tmp_path / out, **how)
+        np.testing.assert_array_equal(a, left[8000:])
+        np.testing.assert_array_equal(b, right[4000:])
+
+
+def test_the_sides_of_recordings_are_kept_apart(call, tmp_path):
+    directory, left, right = call
+    path = tmp_path / "call.wav"
+    soundfile.write(tmp_path / "b.wav", right, 16000)
+    for second in (path, f"cat {tmp_path}/b.wav |"):  # a command may take it apart
+        write_table(directory / "wav.scp", {"a": path, "b": second})
+        sides = {"a": "call A", "b": "call B"}
+        write_table(directory / "reco2file_and_channel", sides)
+        out = tmp_path / str(len(str(second)))
+        a, b = formatted(directory, out)
+        np.testing.assert_array_equal(a, left)
+        np.testing.assert_array_equal(b, right)
+    perturb_speed(directory, tmp_path / "speeds", ["1.0", "1.1"])
+    assert scp(tmp_path / "speeds", "reco2file_and_channel")["sp1.1-b"] == "call B"
+    # one name for all says nothing
+    write_table(directory / "reco2file_and_channel", {"a": "call A", "b": "call A"})
+    assert (formatted(directory, tmp_path / "out")[0] != left).any()
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("call 0 1 C", "channel C: write A, B or a number from 0"),
+        ("call 0 1 -1", "channel -1: write A, B or a number from 0"),
+        ("call 0", "write `recording start end .channel.` in place of 'call 0'"),
+        ("call 0 x", "could not convert .* 'x'"),
+    ],
+)
+def test_a_malformed_segment_is_refused(call, tmp_path, line, complaint):
+    directory, *_ = call
+    write_table(directory / "segments", {"a": "call 0 0.5", "b": line})
+    with pytest.raises(UserError, match=f"segments, .* of b: {complaint}"):
+        format_data(directory, tmp_path / "out", Format())
+
+
 def test_bad_utterances_are_dropped_and_listed(train, tmp_path, caplog):
     good, empty, broken, silent = sorted(scp(train))
     wavs, text = scp(train), read_table(train / "text")

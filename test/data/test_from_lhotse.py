@@ -112,11 +112,34 @@ def test_what_can_not_be_one_file_is_refused(talk, samples, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             from_lhotse(recordings, supervisions, tmp_path / "set")
-    soundfile.write(tmp_path / "call.wav", np.stack([samples] * 2, 1), 16000)
+
+
+@pytest.mark.parametrize(
+    "channels, mixed",
+    [([0, 1], []), ([1], []), ([0], [0]), ([0, 0], [0, 1]), ([0, [0, 1]], [1])],
+)
+def test_utterances_are_in_the_channels_that_they_name(
+    samples, tmp_path, channels, mixed
+):
+    sides = [samples // 2 * 2, np.roll(samples, 999) // 2 * 2]
+    soundfile.write(tmp_path / "call.wav", np.stack(sides, 1), 16000)
     call = Recording.from_file(tmp_path / "call.wav")
-    sides = [supervision(f"s{c}", call, channel=c) for c in (0, 1)]
-    with pytest.raises(UserError, match="channels of their own, first: call"):
-        from_lhotse([call], sides, tmp_path / "set")
+    utts = [supervision(f"u{i}", call, channel=c) for i, c in enumerate(channels)]
+    from_lhotse([call], utts, tmp_path / "set")
+    got = formatted(tmp_path / "set", tmp_path / "out")
+    for i, channel in enumerate(channels):  # lhotse's default, 0, may say nothing
+        truth = np.mean(sides, 0) if i in mixed else sides[channel]
+        np.testing.assert_array_equal(got[f"u{i}"], truth)
+
+
+def test_some_channels_of_several_are_refused(samples, tmp_path):
+    soundfile.write(tmp_path / "array.wav", np.stack([samples] * 3, 1), 16000)
+    array = Recording.from_file(tmp_path / "array.wav")
+    for channel, named in ((3, "3"), ([0, 2], "0, 2")):
+        utt = supervision("u", array, channel=channel)
+        message = rf"u is in channels \[{named}\] of recording array, which has"
+        with pytest.raises(UserError, match=message):
+            from_lhotse([array], [utt], tmp_path / "set")
 
 
 def test_commands_are_taken_as_they_are(talk, samples, tmp_path):

@@ -34,14 +34,20 @@ def make(root: Path, splits) -> Path:
     return root / "LibriSpeech"
 
 
+def load(recipe: str):
+    """Import the local/data.py of a recipe."""
+    path = RECIPES / recipe / "local" / "data.py"
+    spec = importlib.util.spec_from_file_location(recipe.replace("/", "_"), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("kind", ["asr1", "ssl1"])
 def test_960_hours_are_all_three_training_splits(kind, tmp_path, monkeypatch):
     make(tmp_path, [*TRAIN, *DEV, *TEST])
     monkeypatch.setenv("LIBRISPEECH", str(tmp_path))
-    path = RECIPES / "librispeech" / kind / "local" / "data.py"
-    spec = importlib.util.spec_from_file_location(f"librispeech_{kind}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(f"librispeech/{kind}")
     module.main(["--data_dir", str(tmp_path / "data"), "--nj", "1"])
     sets = {path.name: len(utterances(path)) for path in (tmp_path / "data").iterdir()}
     tests = (
@@ -56,11 +62,23 @@ def test_960_hours_are_all_three_training_splits(kind, tmp_path, monkeypatch):
     assert set(speakers.values()) == {"0-5", "1-5", "2-5"}
 
 
-def test_missing_splits_are_named(tmp_path, monkeypatch):
-    make(tmp_path, [TRAIN[0]])
+@pytest.mark.parametrize(
+    "recipe, chosen",
+    [
+        ("librispeech_100/asr1", ", choose others with --splits"),
+        ("librispeech/ssl1", ", choose others with --splits"),
+        ("librispeech/asr1", ""),  # which has no such option
+    ],
+)
+def test_missing_splits_are_named(recipe, chosen, tmp_path, monkeypatch, capsys):
+    make(tmp_path, TRAIN)
     monkeypatch.setenv("LIBRISPEECH", str(tmp_path))
-    with pytest.raises(UserError, match="lacks dev-clean.*--splits.*unset LIBRISPEECH"):
-        find_librispeech([TRAIN[0], "dev-clean"], "downloads")
+    with pytest.raises(SystemExit):
+        load(recipe).main([])
+    said = capsys.readouterr().err
+    assert "lacks dev-clean dev-other" in said
+    advice = f"complete the corpus{chosen}, or unset LIBRISPEECH to download it\n"
+    assert said.endswith(advice)
 
 
 class Server(http.server.ThreadingHTTPServer):

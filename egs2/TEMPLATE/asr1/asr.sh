@@ -42,7 +42,7 @@ train_set=train  # training set: a directory in data/
 valid_set=dev  # validation set
 test_sets=  # test sets, separated by spaces
 local_data_opts=  # options for local/data.sh
-lang=en  # language, for the model card
+lang=en  # language, for the model card and for corpora of several
 speed_perturb_factors=  # e.g. "0.9 1.0 1.1"; empty: no speed perturbation
 feats_type=raw  # raw (audio), fbank, or extracted (your own feats.scp in data/*/)
 audio_format=flac  # of raw: flac or wav, a file each; flac.ark or wav.ark, for big corpora
@@ -351,7 +351,8 @@ decode() { # decode EXP DEPTHS CALIBRATED_DEPTHS [EXIT_THRESHOLDS]
 if run_stage 1 "${skip_data_prep}"; then
     log "Stage 1: Data preparation: data/"
     mapfile -t options < <(words "${local_data_opts}")
-    local/data.sh "${options[@]}"
+    # In variables, as not every local/data.py has these options
+    DLDKIT_NJ=${nj} DLDKIT_LANG=${lang} local/data.sh "${options[@]}"
     mapfile -t dirs < <(words "${unperturbed_set} ${valid_set} ${test_sets}" | sort -u)
     "${python}" -m dldkit.bin.validate_data "${dirs[@]/#/data/}"
 fi

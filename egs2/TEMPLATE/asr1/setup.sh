@@ -25,6 +25,10 @@ esac
 name=$1
 [[ ${name} =~ ^[a-z][a-z0-9_]*$ ]] ||
     die "NAME ${name}: write small letters, digits and underscores, a letter first"
+variable=${name^^}
+[ -z "${!variable+set}" ] ||
+    die "NAME ${name}: the recipe would find its corpus by \$${variable}, which is set" \
+        "already: choose another NAME, or unset it"
 
 template=$(dirname "$(readlink -f "$0")")
 recipe=${template%/TEMPLATE/asr1}/${name}/asr1
@@ -35,7 +39,7 @@ mkdir -p "${new}"
 trap 'rm -rf "${new}"' EXIT
 cp -R "${template}/new/." "${new}/"
 find "${new}" -type f -exec sed -i.orig -e "s/@NAME@/${name}/g" \
-    -e "s/@VARIABLE@/${name^^}/g" {} +
+    -e "s/@VARIABLE@/${variable}/g" {} +
 find "${new}" -name '*.orig' -delete
 chmod +x "${new}/run.sh" "${new}/local/data.sh" "${new}/local/data.py"
 for shared in path.sh db.sh; do
@@ -43,4 +47,4 @@ for shared in path.sh db.sh; do
 done
 mv "${new}" "${recipe}"
 echo "$(date '+%Y-%m-%dT%H:%M:%S') (setup.sh) made ${recipe}"
-echo "Next: cd ${recipe}, set ${name^^} to your corpus (README.md says how it has to lie), ./run.sh"
+echo "Next: cd ${recipe}, set ${variable} to your corpus (README.md says how it has to lie), ./run.sh"

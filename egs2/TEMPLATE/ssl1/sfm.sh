@@ -39,7 +39,7 @@ train_set=train  # training set: a directory in data/; transcripts are not neede
 train_shar=  # directory of lhotse's Shar that is streamed in place of train_set; empty: train_set
 valid_set=valid  # validation set
 local_data_opts=  # options for local/data.sh
-lang=en  # language, for the model card
+lang=en  # language, for the model card and for corpora of several
 audio_format=flac  # flac or wav, a file each; flac.ark or wav.ark, for big corpora
 fs=16000  # sampling rate in Hz, or 16k: the teacher's; other audio is resampled
 min_wav_duration=0.5  # shorter utterances are left out (seconds)
@@ -234,7 +234,8 @@ write_superb() { # ${sfm_exp}/RESULTS.md: a row for each export, and published o
 if run_stage 1 "${skip_data_prep}"; then
     log "Stage 1: Data preparation for ${train_set} ${valid_set} ${probe_sets}"
     mapfile -t options < <(words "${local_data_opts}")
-    local/data.sh "${options[@]}"
+    # In variables, as not every local/data.py has these options
+    DLDKIT_NJ=${nj} DLDKIT_LANG=${lang} local/data.sh "${options[@]}"
     "${python}" -m dldkit.bin.validate_data --no_text "data/${train_set}" "data/${valid_set}"
     read -r -a dirs <<<"${probe_sets}"
     if [ ${#dirs[@]} -gt 0 ]; then

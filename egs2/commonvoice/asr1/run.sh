@@ -20,7 +20,6 @@ esac
 
 ../../TEMPLATE/asr1/asr.sh \
     --lang "${lang}" \
-    --local_data_opts "--lang ${lang}" \
     --train_set "train_${lang//-/_}" \
     --valid_set "dev_${lang//-/_}" \
     --test_sets "dev_${lang//-/_} test_${lang//-/_}" \

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dldkit.data.corpus import (
+    DOWNLOADS,
     Places,
     corpus_parser,
     find_corpus,
@@ -31,7 +32,7 @@ def find_commonvoice(lang: str) -> Path:
     Raises:
         UserError: it is not there; there is no address to download it from.
     """
-    if not os.environ.get("COMMONVOICE"):
+    if os.environ.get("COMMONVOICE", "") in ("", DOWNLOADS):
         raise UserError(
             "Common Voice is given to people only, not to scripts: get the archive of "
             f"language {lang} at https://commonvoice.mozilla.org/datasets, unpack it, "
@@ -51,7 +52,8 @@ def find_commonvoice(lang: str) -> Path:
     if not releases and (home / lang).is_dir():
         nested = "."
     tables = [f"{lang}/{split}.tsv" for split in SPLITS.values()]
-    return find_corpus("COMMONVOICE", nested, [f"{lang}/clips", *tables])
+    needed = [f"{lang}/clips", *tables]
+    return find_corpus("COMMONVOICE", nested, needed, download=False)
 
 
 def read_tsv(path: Path) -> Places:
@@ -140,7 +142,8 @@ def _prepare(
 def main(cmd=None) -> None:
     """Run stage 1 of the recipe."""
     parser = corpus_parser(__doc__, nj=2)
-    parser.add_argument("--lang", default="en", help="language, as en or zh-CN")
+    lang = os.environ.get("DLDKIT_LANG", "en")  # as run.sh says
+    parser.add_argument("--lang", default=lang, help="language, as en or zh-CN")
     args = parse(parser, cmd)
     corpus = find_commonvoice(args.lang)
     prepare(args.lang, corpus, Path(args.data_dir), args.nj)

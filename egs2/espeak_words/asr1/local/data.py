@@ -9,6 +9,7 @@ voices, `test_unseen` has voices that are not in training.
 import argparse
 import logging
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -184,7 +185,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--min_words", type=positive, default=4, help="of a sentence")
     add("--max_words", type=positive, default=10, help="of a sentence")
     add("--seed", type=int, default=0, help="same seed, same corpus")
-    add("--nj", type=positive, default=2, help="processes that speak at a time")
+    jobs = os.environ.get("DLDKIT_NJ", 2)  # as run.sh says
+    add("--nj", type=positive, default=jobs, help="processes that speak at a time")
     add("--data_dir", default="data", help="where the sets go")
     return parser
 

@@ -20,7 +20,8 @@ def main(cmd=None) -> None:
     args = parse(parser, cmd)
     splits = [*args.splits, *DEV]
     # stage 13 trains and tests SUPERB's tasks on the others
-    corpus = find_librispeech(splits, args.download_dir, besides=SUPERB)
+    hint = ", choose others with --splits"
+    corpus = find_librispeech(splits, args.download_dir, besides=SUPERB, hint=hint)
     sets = {args.name: args.splits, "dev": DEV}
     prepare(sets, corpus, Path(args.data_dir), args.nj)
 

@@ -23,7 +23,8 @@ def main(cmd=None) -> None:
         help="parts of the corpus",
     )
     args = parse(parser, cmd)
-    corpus = find_librispeech(args.splits, args.download_dir)
+    hint = ", choose others with --splits"
+    corpus = find_librispeech(args.splits, args.download_dir, hint=hint)
     sets = {split.replace("-", "_"): [split] for split in args.splits}
     if dev := [split for split in DEV if split in args.splits]:
         sets["dev"] = dev

@@ -40,7 +40,8 @@ def prepare(corpus: Path, data_dir: Path) -> None:
 def main(cmd=None) -> None:
     """Run stage 1 of the recipe."""
     args = parse(corpus_parser(__doc__), cmd)
-    corpus = find_corpus("@VARIABLE@", ".", [f"{name}/text" for name in SETS])
+    needed = [f"{name}/text" for name in SETS]
+    corpus = find_corpus("@VARIABLE@", ".", needed, download=False)
     if corpus is None:
         raise UserError(
             "set @VARIABLE@ to the directory that holds train, dev and test"
