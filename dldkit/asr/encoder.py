@@ -148,7 +148,7 @@ class LayerDropEncoder(ExitingEncoder):
 
     Args:
         depth_sampler: how many layers a training step runs: `bernoulli` | `uniform` |
-            `full`, or a weight for each depth (see `dldkit.depth.sampler`).
+            `exits` | `full`, or a weight for each depth (see `dldkit.depth.sampler`).
         keep_prob: probability of keeping a layer, for `bernoulli`.
         min_depth: fewest layers of a training step.
         layer_choice: which layers a drawn depth means: `random` | `even` | `prefix`.
@@ -191,7 +191,9 @@ class LayerDropEncoder(ExitingEncoder):
         super().__init__(*args, **kwargs)
         self.encoders = GatedLayers(
             *self.encoders,
-            sampler=build_sampler(depth_sampler, keep_prob, min_depth, layer_choice),
+            sampler=build_sampler(
+                depth_sampler, keep_prob, min_depth, layer_choice, exits
+            ),
             keep_final_norm=keep_final_norm,
         )
         self.set_exits(exits, layer_choice)

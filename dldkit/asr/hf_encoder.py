@@ -136,7 +136,9 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
             self.model = family.build(config)
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-        sampler = build_sampler(depth_sampler, keep_prob, min_depth, layer_choice)
+        sampler = build_sampler(
+            depth_sampler, keep_prob, min_depth, layer_choice, exits
+        )
         self.family.gate(self.model, sampler)
         self.set_exits(exits, layer_choice)
         self.layer_logits = None

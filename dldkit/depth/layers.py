@@ -259,6 +259,7 @@ class DynamicDepth:
 
     selector: str = "even"
     _profile: Optional[DepthProfile] = None
+    _warned: frozenset[tuple[int, ...]] = frozenset()  # layers that were warned of
 
     @property
     def gates(self) -> Gates:
@@ -292,19 +293,36 @@ class DynamicDepth:
         gates, profile = self.gates, self._profile
         name = selector or self.selector
         chosen = select_layers(len(gates), depth, layers, name)
+        self._warn_of_untrained(chosen)
         if profile is None or chosen in profile.depths:
             return chosen
         if depth is not None and selector is None:
             chosen = profile.layers_of(depth) or chosen
         static = gates.sampler.is_full and len(chosen) == len(gates)
         if chosen not in profile.depths and chosen not in self._warned and not static:
-            self._warned.add(chosen)
+            self._warned |= {chosen}
             logging.warning(
                 f"layers {chosen} are not in the depth profile: they run with the "
                 "checkpoint's own BatchNorm statistics. Add their depth with "
                 "dldkit.bin.calibrate"
             )
         return chosen
+
+    def _warn_of_untrained(self, layers: tuple[int, ...]) -> None:
+        """Say once that first layers end where a model with exits has none."""
+        exits, gates = getattr(self, "exits", ()), self.gates
+        depth, number = len(layers), len(gates)
+        if (
+            exits
+            and depth not in (*exits, number)
+            and not gates.sampler.weights(number)[depth - 1]
+            and layers not in self._warned
+        ):
+            self._warned |= {layers}
+            logging.warning(
+                f"depth {depth} was not trained: it has no exit, and depth_sampler "
+                f"never draws it; choose one of {sorted({*exits, number})}"
+            )
 
     def set_depth(
         self,
@@ -378,5 +396,5 @@ class DynamicDepth:
 
     def attach_depth_profile(self, profile: Optional[DepthProfile]) -> None:
         """Use the statistics of a depth profile; None = the checkpoint's own."""
-        self._profile, self._warned, self._passed = profile, set(), {}
+        self._profile, self._warned, self._passed = profile, frozenset(), {}
         use_statistics(self, self.gates, profile.statistics if profile else {})

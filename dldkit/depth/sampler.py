@@ -159,13 +159,45 @@ class WeightedSampler(DepthSampler):
         return [self.weight_of_depth.get(n, 0.0) for n in range(1, num_layers + 1)]
 
 
+class ExitSampler(DepthSampler):
+    """Draws the depths that have an exit, and the full one, equally often.
+
+    Raises:
+        UserError: when there are no exits.
+    """
+
+    def __init__(
+        self,
+        exits: Union[int, Sequence[int]],
+        min_depth: int = 1,
+        layer_choice: str = "prefix",
+    ):
+        super().__init__(min_depth, layer_choice)
+        if not exits:
+            raise UserError(
+                "depth_sampler: exits draws depths that have one: set exits"
+            )
+        self.exits = exits
+
+    def weights(self, num_layers: int) -> list[float]:
+        exits = self.exits
+        if isinstance(exits, int):
+            exits = range(exits, num_layers, exits)
+        drawn = {*exits, num_layers}
+        return [float(depth in drawn) for depth in range(1, num_layers + 1)]
+
+
 def build_sampler(
     name: Union[str, Mapping[int, float]],
     keep_prob: float = 0.5,
     min_depth: int = 1,
     layer_choice: str = "random",
+    exits: Union[int, Sequence[int]] = (),
 ) -> DepthSampler:
     """Build the sampler that a config names, or whose weights it gives by depth.
+
+    Args:
+        exits: depths, or a number that stands for every so many layers.
 
     Raises:
         UserError: for an unknown name, or options out of range.
@@ -178,7 +210,9 @@ def build_sampler(
         return UniformSampler(min_depth, layer_choice)
     if name == "full":
         return FullSampler(min_depth, layer_choice)
+    if name == "exits":
+        return ExitSampler(exits, min_depth, layer_choice)
     raise UserError(
-        f"unknown depth_sampler {name!r}: choose bernoulli, uniform or full, or give "
-        "each depth a weight, as {12: 2, 6: 1, 2: 1}"
+        f"unknown depth_sampler {name!r}: choose bernoulli, uniform, exits or full, or "
+        "give each depth a weight, as {12: 2, 6: 1, 2: 1}"
     )

@@ -68,7 +68,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         decoded = merge_files([str(existing)]) if existing.is_file() else config
     _check_waveforms(options, config)
     layers = _num_layers(decoded)
-    if layers is None and decoded.get("encoder") != "ld_hf":
+    if layers is None:
         raise UserError(
             f"{options['asr_config']} does not say how many layers the encoder has: "
             "write encoder_conf: num_blocks"

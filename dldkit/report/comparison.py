@@ -145,6 +145,7 @@ def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
         encoder.get("keep_prob", 0.5),
         encoder.get("min_depth", 1),
         encoder.get("layer_choice", "random"),
+        encoder.get("exits", ()),
     )
     weights = np.array(sampler.weights(number), dtype=float)
     weights[: sampler.min_depth - 1] = 0.0
@@ -156,7 +157,7 @@ def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
         return drawn
     if sampler.layer_choice == "prefix":
         return number  # the smaller depths lie on the way
-    return number + sampler.min_depth + sandwich * drawn
+    return number + sampler.smallest(number) + sandwich * drawn
 
 
 def epochs_of_equal_cost(runs: Sequence[Run], deepest: str, epochs: int, depth: float):

@@ -54,7 +54,7 @@ class SFMDistillModel(AbsESPnetModel):
             begin with, one each; null = random.
         freeze_cnn: keep the CNN front end as it is.
         depth_sampler: how many layers a training step runs: `full` | `bernoulli` |
-            `uniform` | the weight of each depth, as {12: 2, 6: 1, 3: 1}.
+            `uniform` | `exits` | the weight of each depth, as {12: 2, 6: 1, 3: 1}.
         keep_prob: probability of keeping a layer, for `bernoulli`.
         min_depth: fewest layers of a training step.
         layer_choice: which layers a drawn depth means: `random` | `even` | `prefix`.
@@ -112,7 +112,9 @@ class SFMDistillModel(AbsESPnetModel):
             raise UserError(
                 f"unknown carried_by {carried_by!r}: choose {', '.join(CARRIED_BY)}"
             )
-        sampler = build_sampler(depth_sampler, keep_prob, min_depth, layer_choice)
+        sampler = build_sampler(
+            depth_sampler, keep_prob, min_depth, layer_choice, exits
+        )
         self.student = build_student(student_conf, sampler)
         self.layer_init = list(layer_init or ())
         self.num_layers = num_layers = self.student.config.num_hidden_layers

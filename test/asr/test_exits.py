@@ -238,6 +238,23 @@ class TestLosses:
         assert all(torch.isfinite(g).all() for g in gradients)
 
 
+class TestUntrainedDepths:
+    @pytest.mark.parametrize(
+        "sampler, warned",
+        [("full", [1, 3]), ("exits", [1, 3]), ({4: 1, 3: 1}, [1]), ("uniform", [])],
+    )
+    def test_are_warned_of_once(self, model_of, caplog, sampler, warned):
+        options = {**EXITS, "depth_sampler": sampler, "exits": 2}
+        encoder = model_of(options, model_conf=dict(valid_depths=[4])).encoder
+        for depth in (4, 3, 2, 1, 3, 1):
+            encoder.set_depth(depth)
+        messages = [r.message for r in caplog.records if "not trained" in r.message]
+        found = [int(message.split()[1]) for message in messages]
+        assert sorted(found) == warned
+        if warned:
+            assert "choose one of [2, 4]" in caplog.text
+
+
 class TestHeads:
     def test_each_exit_has_one_of_its_own(self, model_of, batch):
         model = deterministic(model_of(model_conf=dict(shared_head=False)))

@@ -109,6 +109,22 @@ def test_weights_by_depth():
     assert chi_square(depths, {12: 0.5, 6: 0.25, 2: 0.25}) < 3
 
 
+@pytest.mark.parametrize("exits", [2, [2, 4]])
+def test_depths_that_have_an_exit(exits):
+    sampler = build_sampler("exits", layer_choice="prefix", exits=exits)
+    depths = Counter(len(layers) for layers in draws(sampler, 6, 20000))
+    assert chi_square(depths, {2: 1 / 3, 4: 1 / 3, 6: 1 / 3}) < 3
+    assert sampler.smallest(6) == 2
+    # growing models begin with fewer layers
+    assert {len(layers) for layers in draws(sampler, 3, 100)} == {2, 3}
+
+
+@pytest.mark.parametrize("exits", [0, ()])
+def test_depths_of_exits_need_some(exits):
+    with pytest.raises(UserError, match="depth_sampler: exits .*: set exits"):
+        build_sampler("exits", layer_choice="prefix", exits=exits)
+
+
 @pytest.mark.parametrize(
     "weights, message",
     [
@@ -164,7 +180,7 @@ def test_another_policy_is_a_distribution_over_the_depth():
         ("bernoulli", 0.0, 1, "keep_prob 0.0"),
         ("bernoulli", 1.5, 1, "keep_prob 1.5"),
         ("uniform", 0.5, 0, "min_depth 0"),
-        ("bernouli", 0.5, 1, "'bernouli': choose bernoulli, uniform or full"),
+        ("bernouli", 0.5, 1, "'bernouli': choose bernoulli, uniform, exits or full"),
     ],
 )
 def test_refuses_impossible_options(name, keep_prob, min_depth, message):

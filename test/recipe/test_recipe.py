@@ -499,10 +499,12 @@ class TestPretrainedEncoder:
         with pytest.raises(UserError, match="the encoder has 6 layers"):
             check_hf(inference_depths="12")
 
-    def test_of_the_hub_is_not_known(self, check_hf):
-        settings = check_hf(model="user/name", inference_depths="12 6")
-        assert (settings["exits"], settings["valid_depths"]) == ("", "")
-        assert "exit_thresholds" not in settings  # it stays as it is
+    def test_of_the_hub_has_to_be_said(self, check_hf):
+        hub = dict(model="user/name", inference_depths="12 6")
+        with pytest.raises(UserError, match="write encoder_conf: num_blocks"):
+            check_hf(**hub)
+        settings = check_hf(**hub, asr_args="--encoder_conf num_blocks=12")
+        assert settings["valid_depths"] == "[12,6]"
 
     @pytest.mark.parametrize(
         "changes, message",
