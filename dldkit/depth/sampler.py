@@ -69,9 +69,10 @@ class DepthSampler:
         return min(depth for depth, w in self._weight_of_depth(num_layers).items() if w)
 
     def _weight_of_depth(self, num_layers: int) -> dict[int, float]:
+        depths = range(1, num_layers + 1)
         weights = {
             depth: weight if depth >= self.min_depth else 0.0
-            for depth, weight in enumerate(self.weights(num_layers), 1)
+            for depth, weight in zip(depths, self.weights(num_layers))
         }
         if not any(weights.values()):
             raise UserError(
