@@ -127,7 +127,6 @@ def _reference(
     system = options["reference_system"] or reference_system(plain)
     settings = {"reference_system": system, "begins_with": ""}
     given = options["reference_config"] or options["asr_config"]
-    given_reference = options["reference"]
     options = {**options, "reference_system": system, "reference_config": given}
     config = training_config(options, "reference", systems)
     if is_open(config, "model_conf.reference"):
@@ -135,10 +134,10 @@ def _reference(
             f"--reference_system {system}: it needs a reference itself; choose one "
             "that needs none, such as static or early_exit"
         )
-    if is_open(student, "model_conf.reference") and not options["reference"]:
+    is_trained = is_open(student, "model_conf.reference") and not options["reference"]
+    if is_trained:
         refuse_unknown_options(config)
     if is_open(student, "init_param"):
-        is_trained = is_open(student, "model_conf.reference") and not given_reference
         fits = is_trained and _weights(config) == _weights(student)
         settings["begins_with"] = "reference" if fits else "random"
     return settings
