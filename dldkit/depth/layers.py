@@ -315,7 +315,7 @@ class DynamicDepth:
         if (
             exits
             and depth not in (*exits, number)
-            and not gates.sampler.weights(number)[depth - 1]
+            and not gates.sampler.weight_of_each_depth(number)[depth]
             and layers not in self._warned
         ):
             self._warned |= {layers}

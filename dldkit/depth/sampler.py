@@ -60,15 +60,22 @@ class DepthSampler:
         Raises:
             UserError: when `layers` are fewer than `min_depth`.
         """
-        weights = self._weight_of_depth(len(layers))
+        weights = self.weight_of_each_depth(len(layers))
         (depth,) = rng.choices(list(weights), list(weights.values()))
         return self.choose(layers, depth, rng)
 
     def smallest(self, num_layers: int) -> int:
         """Return the smallest depth that may be drawn."""
-        return min(depth for depth, w in self._weight_of_depth(num_layers).items() if w)
+        return min(
+            depth for depth, w in self.weight_of_each_depth(num_layers).items() if w
+        )
 
-    def _weight_of_depth(self, num_layers: int) -> dict[int, float]:
+    def weight_of_each_depth(self, num_layers: int) -> dict[int, float]:
+        """Return the unnormalised probability of each depth, from `min_depth` up.
+
+        Raises:
+            UserError: when no depth is left.
+        """
         depths = range(1, num_layers + 1)
         weights = {
             depth: weight if depth >= self.min_depth else 0.0

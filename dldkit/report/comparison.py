@@ -147,9 +147,8 @@ def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
         encoder.get("layer_choice", "random"),
         encoder.get("exits", ()),
     )
-    weights = np.array(sampler.weights(number), dtype=float)
-    weights[: sampler.min_depth - 1] = 0.0
-    drawn = float(weights @ np.arange(1, number + 1) / weights.sum())
+    weights = sampler.weight_of_each_depth(number)
+    drawn = float(np.average(list(weights), weights=list(weights.values())))
     sandwich = model.get("sandwich")
     if model.get("reference") == "self" and sandwich is None and not sampler.is_full:
         sandwich = 1
