@@ -88,7 +88,7 @@ def sampling_rate(text: str) -> int:
     """Read a rate in Hz: `16000`, or `16k`."""
     try:
         rate = humanfriendly.parse_size(text)
-    except humanfriendly.InvalidSize:
+    except (humanfriendly.InvalidSize, ValueError):  # the latter of ²
         rate = 0
     if rate < 1:
         raise argparse.ArgumentTypeError(

@@ -3,7 +3,7 @@ from argparse import ArgumentTypeError
 import pytest
 
 from dldkit.bin import calibrate, decode
-from dldkit.options import depth_list, learning_rates
+from dldkit.options import depth_list, learning_rates, sampling_rate
 
 NEEDED = {
     calibrate: ["--asr_model_file", "m.pth", "--data_dir", "d"],
@@ -25,6 +25,13 @@ def test_other_depths_are_refused_by_the_commands(command, text, capsys):
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"argument --depths: {text!r}: write numbers of layers" in last
+
+
+@pytest.mark.parametrize("text", ["0", "x", "²", ""])
+def test_other_sampling_rates_are_refused(text):
+    assert sampling_rate("16k") == 16000
+    with pytest.raises(ArgumentTypeError, match="write a sampling rate in Hz"):
+        sampling_rate(text)
 
 
 def test_learning_rates_of_tasks():

@@ -9,12 +9,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dldkit.bin.merge_config import merge_files
+from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
 from dldkit.options import exit_thresholds, sampling_rate
 from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
     check_checkpoint,
-    depths_of_exits,
     depths_to_run,
     is_open,
     training_config,
@@ -72,6 +72,10 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         raise UserError(
             f"{options['asr_config']} does not say how many layers the encoder has: "
             "write encoder_conf: num_blocks"
+        )
+    if not isinstance(layers, int) or layers < 1:
+        raise UserError(
+            f"encoder_conf num_blocks: {layers!r}: write a number of layers, as 12"
         )
     depths = depths_to_run(options, "inference_depths", layers)
     if not depths:
@@ -160,6 +164,7 @@ def _weights(config: DictConfig) -> list[Any]:
 def _valid_depths(config: DictConfig, depths: str) -> str:
     """Return the depths to validate at, as [12,6,2]: full, half, and the smallest used.
 
+    Half is the deepest of those used up to it: with exits, others may be untrained.
     Empty for a system of one depth, and where the config says it itself.
     """
     encoder = config.get("encoder_conf") or {}
@@ -173,7 +178,9 @@ def _valid_depths(config: DictConfig, depths: str) -> str:
         or OmegaConf.select(config, "model_conf.valid_depths") is not None
     ):
         return ""
-    chosen = {layers, layers // 2, min(map(int, depths.split()))} - {0}
+    used = sorted(map(int, depths.split()))
+    half = max((depth for depth in used if depth <= layers / 2), default=used[0])
+    chosen = {layers, half, used[0]}
     return f"[{','.join(map(str, sorted(chosen, reverse=True)))}]"
 
 
@@ -184,14 +191,15 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
     """
     text = options["exit_thresholds"]
     thresholds = parsed(exit_thresholds, options, "exit_thresholds")
-    exits = OmegaConf.select(config, "encoder_conf.exits")
-    given = dict(by_name(words_of(options, "inference_args")))
-    if options["inference_config"]:
-        given |= merge_files([options["inference_config"]])
+    exits = depths_of_exits(
+        OmegaConf.select(config, "encoder_conf.exits") or (),
+        _num_layers(config),
+        OmegaConf.select(config, "encoder_conf.layer_choice") or "random",
+    )
     reason = ""
     if not exits:
         reason = f"{options['system']} has no exits; anytime and early_exit have"
-    elif "beam_size" in given and given["beam_size"] not in (1, ["1"]):
+    elif _beam_size(options) != "1":
         reason = "a beam search does not stop early; leave out --beam_size"
     elif options["selector"] == "even":
         reason = "exits are reached by the first layers; leave out --selector even"
@@ -199,7 +207,17 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
         raise UserError(f"--exit_thresholds {text}: {reason}")
     if reason or thresholds == "none":
         return {"exit_thresholds": "none", "exits": ""}
-    return {"exits": depths_of_exits(exits, _num_layers(config))}
+    return {"exits": " ".join(map(str, exits))}
+
+
+def _beam_size(options: Mapping[str, str]) -> str:
+    """Return how many hypotheses decoding keeps; 1 = greedy search."""
+    given = {"beam_size": 1}
+    if options["inference_config"]:
+        given |= merge_files([options["inference_config"]])
+    given |= dict(by_name(words_of(options, "inference_args")))
+    size = given["beam_size"]
+    return size[-1] if isinstance(size, list) else str(size)
 
 
 def _num_layers(config: DictConfig) -> Any:
@@ -244,10 +262,7 @@ def _check_language_model(options: Mapping[str, str]) -> None:
     for needed in (lm_file, f"{lm_exp}/config.yaml"):
         if not Path(needed).is_file():
             raise UserError(f"--use_lm true: there is no {needed}; train it in ESPnet")
-    given = dict(by_name(words_of(options, "inference_args")))
-    if options["inference_config"]:
-        given |= merge_files([options["inference_config"]])
-    if "beam_size" not in given:
+    if _beam_size(options) == "1":
         raise UserError(
             "--use_lm true: greedy search takes no language model; say "
             '--inference_args "--beam_size 10"'

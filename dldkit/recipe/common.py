@@ -37,6 +37,7 @@ LEAST = {  # of options that are integers
 FILES = ["parallel_config", "bpe_train_text", "nlsyms_txt", "pretrained_model"]
 FILES += ["asr_config", "reference_config", "sfm_config", "inference_config", "lm_file"]
 DIRECTORIES = ["dumpdir", "expdir", "asr_exp", "asr_stats_dir", "lm_exp"]
+DIRECTORIES += ["asr_tag", "reference_tag", "sfm_tag", "inference_tag"]  # parts of such
 ARGUMENTS = ["launch_args", "local_data_opts", "reference_args", "asr_args"]
 ARGUMENTS += ["inference_args", "sfm_args", "probe_args", "superb_args"]
 

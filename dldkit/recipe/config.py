@@ -45,7 +45,9 @@ def training_config(
     config = OmegaConf.merge(config, merge_files(files))
     given = by_name(words_of(options, f"{kind}_args"))
     try:
-        return OmegaConf.merge(config, *(_overrides(*item) for item in given))
+        config = OmegaConf.merge(config, *(_overrides(*item) for item in given))
+        OmegaConf.resolve(config)
+        return config
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(
             f"--{kind}_args {options[f'{kind}_args']} can not be read: {error}"
@@ -95,13 +97,6 @@ def depths_to_run(options: Mapping[str, str], name: str, layers: Any) -> str:
     return " ".join(map(str, depths))
 
 
-def depths_of_exits(exits: int | Sequence[int], layers: Any) -> str:
-    """Return `exits` of a config as "2 4"; every so many layers need their number."""
-    if isinstance(exits, int):
-        exits = range(exits, layers or 0, exits)
-    return " ".join(map(str, exits))
-
-
 def check_checkpoint(
     options: Mapping[str, str], option: str, config: DictConfig, exp: str = ""
 ) -> None:
@@ -116,11 +111,17 @@ def check_checkpoint(
         raise UserError(f"--{option} {name}: the training has {epochs} epochs")
     criteria = config.get("best_model_criterion", CRITERIA)
     criteria = [criteria] if isinstance(criteria, str) else criteria
-    criteria = [c.split(",") if isinstance(c, str) else list(c) for c in criteria]
+    try:
+        criteria = [c.split(",") if isinstance(c, str) else list(c) for c in criteria]
+        made = [f"{phase}.{value}" for phase, value, *_ in criteria]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"best_model_criterion: {criteria}: write lists, such as "
+            "[[valid, loss_ctc, min]]"
+        ) from None
     kept = config.get("keep_nbest_models", 10)
     kept = list(kept) if isinstance(kept, Sequence) else [kept]
     averages = {f"ave_{n}best" for n in (1, *kept)}
-    made = [f"{phase}.{value}" for phase, value, *_ in criteria]
     for best in made:
         if name in {f"{best}.{kind}.pth" for kind in {"best", "ave", *averages}}:
             return

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
 from dldkit.options import flat_layers, learning_rates
 from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
     check_checkpoint,
-    depths_of_exits,
     depths_to_run,
     training_config,
 )
@@ -26,12 +26,18 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
             "distillation needs transformers: run tools/install.sh, or pip install "
             "'dldkit[sfm]'"
         )
+    from transformers import HubertConfig
+
     settings = check_common(options)
     config = training_config(options, "sfm", systems)
     layers = OmegaConf.select(config, "student_conf.num_hidden_layers")
-    exits = OmegaConf.select(config, "model_conf.exits") or []
+    exits = depths_of_exits(
+        OmegaConf.select(config, "model_conf.exits") or (),
+        layers or HubertConfig().num_hidden_layers,
+        OmegaConf.select(config, "model_conf.layer_choice") or "random",
+    )
     depths = depths_to_run(options, "export_depths", layers)
-    settings["export_depths"] = depths or depths_of_exits(exits, layers)
+    settings["export_depths"] = depths or " ".join(map(str, exits))
     check_checkpoint(options, "inference_model", config)
     settings["teacher"] = options["teacher"] or os.environ.get("TEACHER", "")
     if not settings["teacher"] and runs(options, 9, 10, 11, 13):

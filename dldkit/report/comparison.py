@@ -10,7 +10,7 @@ from typing import Any, Union
 import numpy as np
 from omegaconf import DictConfig
 
-from dldkit.depth.sampler import build_sampler
+from dldkit.depth.sampler import DepthSampler, build_sampler
 from dldkit.errors import UserError
 from dldkit.report.report import environment
 from dldkit.report.scoring import Score, score_files
@@ -112,7 +112,7 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
     found = {}
     silence = np.zeros(10 * train_args.frontend_conf.get("fs", 16000), np.float32)
     for depth in range(1, layers + 1):
-        model.encoder.set_depth(depth)
+        model.encoder.gates.select(tuple(range(depth)))  # all layers cost alike
         found[str(depth)] = macs(model, silence) // 10
     conf = {part: getattr(train_args, part) for part in ("encoder_conf", "model_conf")}
     # no path of this machine
@@ -136,17 +136,25 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
     )
 
 
-def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
-    """Return how many layers the forwards of a training step run, on average."""
-    encoder, model = config["encoder_conf"], config.get("model_conf") or {}
-    number = encoder["num_blocks"]
-    sampler = build_sampler(
-        encoder.get("depth_sampler", "bernoulli"),
+def _sampler(encoder: Mapping[str, Any]) -> DepthSampler:
+    """Build the sampler of an `encoder_conf`."""
+    name = encoder.get("depth_sampler", "bernoulli")
+    if isinstance(name, Mapping):  # JSON's keys are strings
+        name = {int(depth): weight for depth, weight in name.items()}
+    return build_sampler(
+        name,
         encoder.get("keep_prob", 0.5),
         encoder.get("min_depth", 1),
         encoder.get("layer_choice", "random"),
         encoder.get("exits", ()),
     )
+
+
+def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
+    """Return how many layers the forwards of a training step run, on average."""
+    encoder, model = config["encoder_conf"], config.get("model_conf") or {}
+    number = encoder["num_blocks"]
+    sampler = _sampler(encoder)
     weights = sampler.weight_of_each_depth(number)
     drawn = float(np.average(list(weights), weights=list(weights.values())))
     sandwich = model.get("sandwich")
@@ -323,6 +331,16 @@ def static_depth(system: str) -> int:
     return int(digits) if system.startswith("static") and digits.isdigit() else 0
 
 
+def _trained_as(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that a run was trained with, but for its reference's path."""
+    encoder, model = (dict(run.conf[f"{part}_conf"]) for part in ("encoder", "model"))
+    model.pop("reference", None)
+    # what is drawn may be written in several ways
+    layers = max(map(int, run.macs))
+    encoder["depth_sampler"] = _sampler(encoder).weight_of_each_depth(layers)
+    return encoder, model
+
+
 def tables(
     runs: Sequence[Run],
     systems: Sequence[str],
@@ -335,7 +353,8 @@ def tables(
         budgets: the epochs of each system, by the name of the budget.
 
     Raises:
-        UserError: when there is no run of the deepest static model.
+        UserError: when there is no run of the deepest static model, or runs of one
+            system had other options.
     """
     parts = []
     for budget, epochs in budgets.items():
@@ -346,6 +365,15 @@ def tables(
             for system in systems
         }
         chosen = {system: found for system, found in chosen.items() if found}
+        for system, (first, *others) in chosen.items():
+            for run in others:
+                if _trained_as(run) != _trained_as(first):
+                    raise UserError(
+                        f"{system}, {run.epochs} epochs: seeds {first.seed} and "
+                        f"{run.seed} were trained with other options of encoder or "
+                        "model (`conf` in their files): the system was changed in "
+                        "between; move the older file away, and train again"
+                    )
         if systems[0] not in chosen:
             raise UserError(f"there is no run of {systems[0]} yet: run stage 2")
         compared = Comparison(chosen)

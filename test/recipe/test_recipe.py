@@ -52,7 +52,7 @@ BAD_ASR = """
 --nj 0 | --nj 0: write an integer of at least 1
 --ngpu many | --ngpu many: write an integer of at least 0, or auto
 --seed x | --seed x: write an integer of at least 0, or nothing
---system nope | there is no nope.yaml .* choose one of anytime, dld
+--system nope | there is no nope.yaml .* choose one of anytime, anytime_uniform, dld
 --valid_set train_nodev | --train_set and --valid_set are both train_nodev
 --train_set "" | --train_set "": name a directory of data/
 --train_set data/train | --train_set "data/train": name a directory
@@ -68,6 +68,13 @@ BAD_ASR = """
 --exit_thresholds some | --exit_thresholds 'some': write a number from 0 to 1
 --exit_thresholds 0.1,2 | --exit_thresholds '2': write a number from 0 to 1
 --exit_thresholds 0.1 --system dld | --exit_thresholds 0.1: dld has no exits
+--asr_args "--encoder_conf exits=abc" | exits .*: 'a' is no depth below the 4 layers
+--asr_args "--encoder_conf exits=[9]" | exits .*: 9 is no depth below the 4 layers
+--asr_args "--encoder_conf num_blocks=four" | num_blocks: 'four': write a number
+--asr_args "--best_model_criterion 5" | best_model_criterion: 5: write lists, such as
+--asr_args "--seed ${nope}" | --asr_args --seed .*nope.* can not be read
+--asr_tag a,b | --asr_tag a,b: choose a path without commas and colons
+--reference_tag a:b | --reference_tag a:b: choose a path without commas and colons
 --exit_thresholds 0.1 --selector even | leave out --selector even
 --exit_thresholds 0.1 --inference_args "--beam_size 5" | leave out --beam_size
 --feats_type mfcc | --feats_type mfcc: choose one of raw, fbank, extracted
@@ -294,10 +301,18 @@ def test_layers_count_as_the_training_will_have_them(check):
         (dict(selector="even"), "none", ""),
         (dict(inference_args="--beam_size 1"), None, "2 4"),
         (dict(inference_args="--beam_size 10"), "none", ""),
+        (dict(inference_config="beam.yaml"), "none", ""),
+        # as in ESPnet, the command line has the last word
+        (
+            dict(inference_config="beam.yaml", inference_args="--beam_size=1"),
+            None,
+            "2 4",
+        ),
     ],
 )
 def test_early_stopping_is_for_systems_with_exits(check, changes, thresholds, exits):
     """And for greedy search; `auto` is none elsewhere."""
+    Path("beam.yaml").write_text("beam_size: 10\n")
     settings = check(**changes)
     assert settings["exits"] == exits
     assert settings.get("exit_thresholds") == thresholds
@@ -327,10 +342,11 @@ def test_criteria_of_the_command_line_count(check):
 @pytest.mark.parametrize(
     "system, depths, expected",
     [
-        ("dld", "6 4 1", "[6,3,1]"),
+        ("dld", "6 3 2 1", "[6,3,1]"),
         ("rd", "6 3", "[6,3]"),
-        ("early_exit", "2", "[6,3,2]"),
-        ("anytime", "6 2", "[6,3,2]"),
+        ("rd", "6", "[6]"),
+        ("early_exit", "2", "[6,2]"),
+        ("anytime", "6 4 2", "[6,2]"),
         ("static", "6 3", ""),
     ],
 )
@@ -347,6 +363,7 @@ def test_validation_is_at_full_half_and_the_smallest_depth(
         ("dld_paper", "true"),
         ("nested", "true"),
         ("anytime", "true"),
+        ("anytime_uniform", "true"),
         ("rd", "false"),
         ("static", "false"),
         ("early_exit", "false"),
@@ -495,7 +512,7 @@ class TestPretrainedEncoder:
 
     def test_has_the_layers_of_its_model(self, check_hf):
         settings = check_hf(inference_depths="6 2")
-        assert (settings["exits"], settings["valid_depths"]) == ("2 4", "[6,3,2]")
+        assert (settings["exits"], settings["valid_depths"]) == ("2 4", "[6,2]")
         with pytest.raises(UserError, match="the encoder has 6 layers"):
             check_hf(inference_depths="12")
 
@@ -529,6 +546,7 @@ def test_a_language_model_needs_a_beam(check):
         (lm / name).touch()
     with pytest.raises(UserError, match="greedy search takes no language model"):
         check(use_lm="true", lm_exp=str(lm))
+        check(use_lm="true", lm_exp=str(lm), inference_args="--beam_size 1")
     check(use_lm="true", lm_exp=str(lm), inference_args="--beam_size 5")
     Path("beam.yaml").write_text("beam_size: 5\n")
     check(use_lm="true", lm_file=str(lm / "5epoch.pth"), inference_config="beam.yaml")
@@ -547,7 +565,7 @@ def test_a_model_to_start_from_says_its_layers_and_tokens(check):
     settings = check(**started)
     assert settings["start_name"] == "from_mine"
     assert settings["token_type"] == "char"
-    assert settings["valid_depths"] == "[8,4,2]"
+    assert settings["valid_depths"] == "[8,2]"
     with pytest.raises(UserError, match="takes audio of 16000 Hz, and --fs is 8000"):
         check(**started, fs="8k")
     config["decoder"] = "transducer"

@@ -168,6 +168,21 @@ class TestTables:
         text = tables(self.runs(), ["static12", "static6"], budgets)
         assert "15.00" in text and "0.00" in text and "10.00" not in text
 
+    def test_refuse_seeds_of_a_system_that_was_changed_in_between(self):
+        runs = [run_of("static12", seed=seed) for seed in (1, 2)]
+        drawn = ("exits", {str(depth): 1 for depth in (4, 8, 12)})
+        mine = [run_of("mine", seed=seed) for seed in (1, 2)]
+        for run, other, reference in zip(mine, drawn, ("exp/a", "exp/b")):
+            of = dict(depth_sampler=other, layer_choice="prefix", exits=4)
+            run.conf = dict(encoder_conf=of, model_conf={"reference": reference})
+        epochs = {"steps": {"static12": 8, "mine": 8}}
+        # the same draws, written in another way, and the reference of another seed
+        assert "| mine" in tables([*runs, *mine], ["static12", "mine"], epochs)
+
+        mine[1].conf["encoder_conf"]["depth_sampler"] = "uniform"
+        with pytest.raises(UserError, match="mine, 8 epochs: seeds 1 and 2 were train"):
+            tables([*runs, *mine], ["static12", "mine"], epochs)
+
     def test_need_the_deepest_model(self):
         with pytest.raises(UserError, match="no run of static10 yet"):
             tables(self.runs(), ["static10"], {"steps": {"static10": 8}})
@@ -257,6 +272,13 @@ class TestCommand:
             f"{tmp_path}/c.yaml {systems} {tmp_path}".split()
         )
         assert capsys.readouterr().out.strip() == reference
+
+    def test_refuses_a_system_that_there_is_not(self, tmp_path, capsys):
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config()))
+        command = "reference --system nosuch --deepest static12 --configs"
+        with pytest.raises(SystemExit):
+            compare.main([*command.split(), str(tmp_path / "c.yaml"), str(tmp_path)])
+        assert "nosuch: there is no nosuch.yaml in" in capsys.readouterr().err
 
     def test_refuses_what_is_no_run(self, recorded, tmp_path):
         (recorded.parent / "x.json").write_text("{}")

@@ -3,6 +3,7 @@
 # What asr.sh and sfm.sh share. They source options.sh and path.sh before it. For the
 # stages at the end they set what is named there.
 
+export python  # local/data.sh runs it, too
 "${python}" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("espnet2"))' ||
     die "${python} ($(command -v "${python}")) has no espnet: run tools/install.sh first"
 
@@ -52,8 +53,8 @@ name_of() { # name_of CONFIG ITS_USUAL_NAME
     if [ "${name}" != "$2" ]; then echo -n "_${name}"; fi
 }
 
-name_of_args() {
-    echo -n "$1" | sed -e 's/--/_/g' -e 's/[ |=/]//g'
+name_of_args() { # ESPnet can not be told a path with a comma or a colon
+    echo -n "$1" | sed -e 's/--/_/g' -e "s/[][{}'\" |=/]//g" -e 's/,/_/g' -e 's/:/-/g'
 }
 
 write_config() { # write_config EXP CONFIG SYSTEM [key=value]...
