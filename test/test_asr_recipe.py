@@ -19,7 +19,8 @@ TEMPLATE = ROOT / "egs2" / "TEMPLATE" / "asr1"
 CONFIGS = sorted(ROOT.glob("egs2/*/asr1/conf/train_asr*.yaml"))
 SYSTEMS = sorted((ROOT / "conf" / "systems").glob("*.yaml"))
 PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
-PULLED = ("dld_paper", "dld", "nested", "anytime")  # to a reference
+ANYTIME = ("anytime", "anytime_uniform")
+PULLED = ("dld_paper", "dld", "nested", *ANYTIME)  # to a reference
 
 pytestmark = pytest.mark.integration
 
@@ -44,7 +45,7 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     parts = [str(part) for part in parts]
     if system.stem in PULLED:
         parts.append("model_conf.reference=exp/asr_static")
-    if system.stem == "anytime":
+    if system.stem in ANYTIME:
         parts.append("init_param=[]")
     if kind:
         layers = yaml.safe_load(config.read_text())["encoder_conf"]["num_blocks"]
@@ -70,7 +71,7 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     if ours:
         reference = built["model_conf"]["reference"]
         assert reference == ("exp/asr_static" if system.stem in PULLED else None)
-    exits = ("early_exit", "anytime")
+    exits = ("early_exit", *ANYTIME)
     assert bool(encoder.get("exits")) == (system.stem in exits)
     prefix = ("nested", *exits)
     choice = dict.fromkeys(prefix, "prefix") | dict(dld="even", rd="even")
@@ -82,13 +83,17 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     assert built["best_model_criterion"][0] == ["valid", "loss_ctc", "min"]
 
 
-def test_anytime_each_is_anytime_with_more_exits():
-    name = "anytime{}.yaml"
-    shared = yaml.safe_load((ROOT / "conf/systems" / name.format("")).read_text())
-    own = ROOT / "egs2/digits/asr1/conf/systems" / name.format("_each")
-    shared["encoder_conf"]["exits"] = 1
-    del shared["specaug_conf"]  # of no use to waveforms
-    assert yaml.safe_load(own.read_text()) == shared
+def test_variants_of_anytime_differ_in_what_they_are_named_for():
+    shared = ROOT / "conf/systems"
+    anytime = yaml.safe_load((shared / "anytime.yaml").read_text())
+    assert anytime["encoder_conf"]["depth_sampler"] == "exits"
+    uniform = yaml.safe_load((shared / "anytime_uniform.yaml").read_text())
+    uniform["encoder_conf"]["depth_sampler"] = "exits"
+    assert uniform == anytime
+    own = ROOT / "egs2/digits/asr1/conf/systems/anytime_each.yaml"
+    anytime["encoder_conf"]["exits"] = 1
+    del anytime["specaug_conf"]  # of no use to waveforms
+    assert yaml.safe_load(own.read_text()) == anytime
 
 
 class An4:
@@ -125,6 +130,14 @@ def test_a_stage_without_the_one_before_says_which(tmp_path):
         assert f"run {needed} first" in text
 
 
+def test_settings_with_commas_and_colons_give_a_name_that_espnet_takes(tmp_path):
+    recipe = copy_of_the_recipes(tmp_path) / "mini_an4" / "asr1"
+    drawn = "--encoder_conf depth_sampler={4:1,2:1}"
+    words = ["--stage", 12, "--stop_stage", 12, "--asr_args", drawn]
+    text = shell("./run.sh", *words, cwd=recipe, status=1)
+    assert "exp/asr_anytime_raw_char_encoder_confdepth_sampler4-1_2-1/" in text
+
+
 def test_all_stages_of_mini_an4(an4):
     """With spaces in the paths, and an absolute --expdir."""
     for stage in range(1, 16):
@@ -135,7 +148,7 @@ def test_all_stages_of_mini_an4(an4):
     )  # progress of the trainings is seen
     for no_news in ("WARNING", "Warning", "flash_attn"):
         assert no_news not in an4.printed
-    decoded_at = {an4.reference: [4], an4.student: [4, 3, 2, 1]}
+    decoded_at = {an4.reference: [4], an4.student: [4, 2]}
     for exp, depths in decoded_at.items():
         model = exp / "valid.loss_ctc.ave.pth"
         assert model.exists()
@@ -406,7 +419,7 @@ def test_all_stages_with_a_pretrained_encoder(an4, tmp_path):
     exp = tmp_path / "exp"
     words = ["--expdir", exp, "--stop_stage", 13, "--feats_normalize", "none"]
     words += ["--asr_config", tmp_path / "train_asr_wavlm.yaml"]
-    words += ["--inference_depths", "4 2 1"]
+    words += ["--inference_depths", "4 2"]
 
     def depths_of(name):
         results = json.loads((exp / name / "results.json").read_text())["results"]
@@ -416,7 +429,7 @@ def test_all_stages_with_a_pretrained_encoder(an4, tmp_path):
     for stage in range(3, 14):
         assert f"Stage {stage}: " in text
     anytime = "asr_anytime_train_asr_wavlm_raw_char"
-    assert depths_of(anytime) == {4, 2, 1}
+    assert depths_of(anytime) == {4, 2}
     shutil.rmtree(pretrained)
     reference = exp / "asr_early_exit_train_asr_wavlm_raw_char"
     words += ["--stage", 5, "--start_from", reference, "--asr_tag", "started"]
@@ -426,7 +439,7 @@ def test_all_stages_with_a_pretrained_encoder(an4, tmp_path):
     started = exp / "asr_from_early_exit_train_asr_wavlm_raw_char"
     checkpoint = started / "valid.loss_ctc.ave.pth"
     assert config["init_param"] == [str(checkpoint)]
-    assert depths_of("asr_started") == {4, 2, 1}
+    assert depths_of("asr_started") == {4, 2}
 
 
 def test_run_sh_of_an_experiment_goes_on_with_its_training(an4):

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
     --test_sets "train_dev test" \
     --fs 16000 \
     --token_type char \
-    --inference_depths "4 3 2 1" \
+    --inference_depths "4 2" \
     --num_threads 1 \
     --inference_nj 1 \
     --rtf_utts 2 \
