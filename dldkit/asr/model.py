@@ -306,14 +306,12 @@ class DLDModel(ESPnetASRModel):
             references["ctc"] = Posteriors(log_probs, this.lengths)
         if references:
             self._refuse_other_frames(this, references["ctc"], kwargs.get("utt_id"))
-            total = 0.0
             for pull in self.pulls:
                 divergence = (
                     this.weights * pull({"ctc": this.log_probs}, references)
                 ).sum()
-                total = total + pull.weight * divergence
-                stats["loss_kd"] = divergence.detach()
-            loss = loss + total
+                loss = loss + pull.weight * divergence
+                stats["loss_kd"] = stats.get("loss_kd", 0.0) + divergence.detach()
         return loss, stats, weight
 
     def _running(self, this: Pass) -> AbstractContextManager[None]:
@@ -408,7 +406,8 @@ class DLDModel(ESPnetASRModel):
         number = len(self.encoder.gates)
         if depths is None:
             has_exits = self.encoder.selector == "prefix"
-            depths = {number, number // 2} if self._draws_depths() or has_exits else ()
+            half = max((d for d in self.exits if d <= number / 2), default=number // 2)
+            depths = {number, half} if self._draws_depths() or has_exits else ()
             depths = sorted(set(depths) - {0}, reverse=True)
         if self.ctc is None:
             return {}

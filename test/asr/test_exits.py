@@ -449,6 +449,12 @@ class TestValidation:
             expected = ctc(*found, batch("a", "c", "f"))
             assert stats[f"loss_ctc_depth{depth}"].item() == pytest.approx(expected)
 
+    @pytest.mark.parametrize("exits, half", [(1, 3), ([2], 2), ([4, 1], 1), ([5], 3)])
+    def test_default_half_is_an_exit(self, model_of, exits, half):
+        """The deepest one of the first half, if there is one."""
+        drawn = dict(depth_sampler="exits", exits=exits, num_blocks=6)
+        assert set(model_of({**NESTED, **drawn}).valid_layers) == {6, half}
+
     def test_a_single_layer(self, model_of, batch):
         model = model_of({**NESTED, "num_blocks": 1}).eval()
         assert "loss_ctc_depth1" in model(**batch("a"))[1]

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -83,6 +84,17 @@ class TestLoss:
         total = stats["loss_ctc"].item() + weight * expected
         assert loss.item() == pytest.approx(total, rel=1e-4)
         assert stats["loss"].item() == pytest.approx(loss.item())
+
+    def test_terms_add_up(self, student_of, static, batch):
+        student = student_of(static, **STILL).train()
+        torch.manual_seed(0)
+        loss, stats, _ = student(**batch("a", "c"))
+        kl = stats["loss_kd"].item()
+        student.pulls.append(dataclasses.replace(student.pulls[0], weight=0.5))
+        torch.manual_seed(0)
+        more, stats, _ = student(**batch("a", "c"))
+        assert stats["loss_kd"].item() == pytest.approx(2 * kl, rel=1e-4)
+        assert (more - loss).item() == pytest.approx(0.5 * kl, rel=1e-3)
 
     def test_options_reach_the_loss(self, student_of, static):
         options = dict(kd_temperature=2.0, kd_direction="reverse", kd_reduction="frame")
