@@ -143,7 +143,7 @@ def _pack(
         "torch": str(torch_version),
         "espnet": espnet_version,
         "dldkit": dldkit.__version__,
-        "install": f"pip install dldkit=={dldkit.__version__}",
+        "install": f"pip install /path/to/dldkit, {dldkit.__version__}",
     }
     inputs = {**files, config_file.name: config_file}
     with Step(outpath.parent, inputs, name=outpath.name, meta=meta["install"]) as step:

@@ -242,7 +242,7 @@ class Comparison:
             depth = static_depth(system) or runs[0].depth
             cost = runs[0].steps * macs_at(full.macs, depth)
             cost /= full.steps * macs_at(full.macs, static_depth(self.deepest))
-            # a reference is the deepest static model, trained before
+            # a reference has all layers: the deepest static model, or early exit
             reference = runs[0].conf["model_conf"].get("reference")
             total = cost + (reference not in (None, "self"))
             seeds = " ".join(str(run.seed) for run in runs)

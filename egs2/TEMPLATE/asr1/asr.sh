@@ -19,7 +19,7 @@ SECONDS=0
 stage=1  # first stage to run
 stop_stage=15  # last stage to run
 skip_stages=  # stages to skip, separated by spaces
-skip_data_prep=false  # skip stages 1-5
+skip_data_prep=false  # skip stages 1-5, but with --start_from not stage 5, which makes no data
 skip_reference=false  # skip stages 6-9
 skip_train=false  # skip stages 6, 7 and 9-11
 skip_eval=false  # skip stages 8, 12 and 13
@@ -499,7 +499,7 @@ if run_stage 15 "${skip_upload}"; then
     card_task=automatic-speech-recognition
     card_tags="espnet audio automatic-speech-recognition"
     snippet="\`\`\`sh
-pip install dldkit
+pip install /path/to/dldkit  # a checkout of it
 \`\`\`
 
 \`\`\`python
