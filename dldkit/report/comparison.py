@@ -318,6 +318,8 @@ class Comparison:
         for system, at in ((ours, depth), (other, other_depth)):
             if str(at) not in self._errors(system, test_set):
                 return ""
+        if not self._seeds(ours) & self._seeds(other):
+            return "no common seed"
         found = difference(
             self.runs[ours], self.runs[other], test_set, depth, other_depth
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,14 @@ class TestTables:
         assert "(static6)" not in text
         again = run_of("static6", 2, errors={"6": [0, 0, 0, 0]})
         assert "(static6)" in tables([*both, lucky, again], systems, budgets)
+
+    def test_say_which_systems_have_no_seed_in_common(self):
+        runs = [run_of("static12"), run_of("static12", seed=2)]
+        runs += [run_of("other"), run_of("mine", seed=2)]
+        names = ["static12", "other", "mine"]
+        text = tables(runs, names, {"steps": dict.fromkeys(names, 8)})
+        rows = re.findall(r"\| other +\| (.*?) +\|", text)
+        assert rows[-1] == "no common seed"
 
     def test_take_the_epochs_of_the_budget(self):
         budgets = {"arithmetic": {"static12": 8, "static6": 13}}
