@@ -1,4 +1,4 @@
-"""Files that a model's config names, kept beside it so that they travel together.
+"""Configs: how they are merged, and the files that they name, kept beside them.
 
 ESPnet's config names them relative to the directory where training was started, and
 resolves them against the one where inference is. Here, an experiment directory has
@@ -9,12 +9,14 @@ rewrites bare names to where they are, so that a packed zip works without dldkit
 import argparse
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dldkit.errors import UserError
 from dldkit.step import atomic
@@ -27,6 +29,42 @@ BARE_NAMES = {
     "token_list": "tokens.txt",
     "non_linguistic_symbols": "nlsyms.txt",
 }
+
+
+def merge_files(configs: Sequence[str]) -> DictConfig:
+    """Merge YAML files and key=value settings, nested dictionaries key by key.
+
+    Raises:
+        UserError: a file is missing or no YAML dictionary.
+    """
+    merged = OmegaConf.create()
+    for config in configs:
+        try:
+            if Path(config).is_file():
+                part = OmegaConf.load(config)
+            elif "=" in config:
+                part = OmegaConf.from_dotlist([config])
+            else:
+                raise UserError(f"the config {config} does not exist")
+            merged = OmegaConf.merge(merged, part)
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+            raise UserError(f"{config} can not be merged: {error}") from error
+    return merged
+
+
+def merge_configs(configs: Sequence[str]) -> DictConfig:
+    """Merge as `merge_files` does.
+
+    Raises:
+        UserError: as well where a value that a file marks with ??? was not given.
+    """
+    merged = merge_files(configs)
+    missing = OmegaConf.missing_keys(merged)
+    if missing:
+        raise UserError(
+            f"{' '.join(configs)}: give {'=..., '.join(sorted(missing))}=..."
+        )
+    return merged
 
 
 def named_files(config: Mapping[str, Any]) -> dict[str, str]:
