@@ -37,7 +37,7 @@ from dldkit.sfm.wave import (
     projected_features,
 )
 
-WAVE_MODELS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
+WAVE_ENCODERS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
 # Of config.json: where it came from, and in which precision it was stored.
 NOT_SAVED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -368,12 +368,12 @@ def describe(model: str) -> tuple[dict[str, Any], bool]:
             f"can not be had from the Hub ({error}). Check the name, or the network"
         ) from error
     rate, normalize = RATE, False
-    if config.model_type in WAVE_MODELS:
+    if config.model_type in WAVE_ENCODERS:
         rate, normalize = expected_speech(model)
     elif config.model_type != "whisper":
         raise UserError(
             f"encoder_conf model: {model} is a {config.model_type} model: choose one "
-            f"of {', '.join(WAVE_MODELS)} or whisper"
+            f"of {', '.join(WAVE_ENCODERS)} or whisper"
         )
     if rate != RATE:
         raise UserError(
