@@ -140,11 +140,17 @@ def resolved_arguments(args: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def resolved_config(path: PathLike) -> Iterator[Path]:
-    """Yield a config file that names the files of the one at `path` with full paths."""
+    """Yield a config file that names the files of the one at `path` with full paths.
+
+    Raises:
+        UserError: it can not be read, is no config, or names a file that is not there.
+    """
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
             config = yaml.load(file, yaml.CSafeLoader)
+    except OSError as error:
+        raise UserError(f"{path} can not be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
         raise UserError(f"{path} is no YAML file: {where}") from None

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+from argparse import ArgumentParser
 from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Optional, Sequence, Union
 import numpy as np
 import soundfile
 import torch
+import yaml
 from espnet2.bin import asr_inference as espnet_inference
 from espnet2.legacy.nets.beam_search import Hypothesis
 from espnet2.main_funcs.pack_funcs import unpack
@@ -299,7 +301,22 @@ def inference(
         raise UserError(f"decoding stopped: {message.splitlines()[-1]}") from error
 
 
-def get_parser():
+def read_options(cmd: Optional[Sequence[str]] = None) -> dict[str, Any]:
+    """Read the options of `inference` from a command line.
+
+    Raises:
+        UserError: the file of --config is no YAML.
+    """
+    try:
+        options = vars(get_parser().parse_args(cmd))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise UserError(f"--config is no YAML file: {where}") from None
+    del options["config"]
+    return options
+
+
+def get_parser() -> ArgumentParser:
     """Return ESPnet's parser with the depth options; greedy search is the default."""
     parser = espnet_inference.get_parser()
     for action in parser._actions:  # ESPnet's help has a bare % that stops --help
