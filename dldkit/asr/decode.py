@@ -49,6 +49,7 @@ class Decoding:
 
     @property
     def part_dirs(self) -> list[Path]:
+        """Where each part is decoded."""
         return [self.output_dir / "logdir" / f"output.{i}" for i in range(self.parts)]
 
     def merge(self) -> None:

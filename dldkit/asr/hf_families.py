@@ -115,6 +115,7 @@ class HFLayers(GatedModuleList):
         return flow.after(slot, layer(flow.hidden, attention_mask=flow.mask))
 
     def pass_through(self, layer: torch.nn.Module) -> Callable[[Flow], Flow]:
+        """Return what runs in place of a layer: nothing."""
         return lambda flow: flow
 
 
@@ -136,6 +137,7 @@ class WavLMLayers(HFLayers):
         return bias.repeat(batch, 1, 1)
 
     def kept_parameters(self, layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+        """Return the position bias's parameters of the first layer, which owns them."""
         if layer is not self[0]:
             return []
         return list(layer.attention.rel_attn_embed.parameters())

@@ -38,6 +38,8 @@ from dldkit.patches import patched
 
 dldkit.register()
 
+Speech = Union[np.ndarray, torch.Tensor]
+
 
 class GreedyHypothesis(Hypothesis):
     """What greedy search found.
@@ -123,7 +125,9 @@ class Speech2Text(espnet_inference.Speech2Text):
             usable_exits(self.asr_model.encoder)
 
     @classmethod
-    def from_pretrained(cls, model_tag: Optional[str] = None, **kwargs: Any):
+    def from_pretrained(
+        cls, model_tag: Optional[str] = None, **kwargs: Any
+    ) -> "Speech2Text":
         """Build from a published model or a packed zip, as ESPnet's method does."""
         if model_tag is None or not zipfile.is_zipfile(model_tag):
             found = {} if model_tag is None else download_pretrained(model_tag)
@@ -185,8 +189,11 @@ class Speech2Text(espnet_inference.Speech2Text):
 
     @torch.no_grad()
     def batch_decode(
-        self, speech, speech_lengths=None, exit_threshold: Optional[float] = None
-    ):
+        self,
+        speech: Union[torch.Tensor, Sequence[Speech]],
+        speech_lengths: Optional[torch.Tensor] = None,
+        exit_threshold: Optional[float] = None,
+    ) -> list[list[tuple]]:
         """Recognise a batch; see ESPnet's Speech2Text.batch_decode, and `__call__`."""
         if not self.greedy:
             with self._turn:
@@ -201,7 +208,11 @@ class Speech2Text(espnet_inference.Speech2Text):
             paths = self._paths(batch, exit_threshold)
         return [[self._greedy_result(path)] for path in paths]
 
-    def padded(self, speech, speech_lengths=None) -> dict[str, torch.Tensor]:
+    def padded(
+        self,
+        speech: Union[torch.Tensor, Sequence[Speech]],
+        speech_lengths: Optional[torch.Tensor] = None,
+    ) -> dict[str, torch.Tensor]:
         """Return a batch of utterances (Samples,) as the model takes it."""
         if isinstance(speech, (list, tuple)):
             speech = [torch.as_tensor(np.asarray(s)) for s in speech]
