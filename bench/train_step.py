@@ -34,7 +34,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from dldkit.asr.loading import without_espnets_news
 from dldkit.asr.posteriors import pack
 from dldkit.asr.reference import POSTERIORS, LiveReference
-from dldkit.bin.merge_config import merge_configs
+from dldkit.config_files import merge_configs
 from dldkit.depth.sampler import build_sampler
 from dldkit.errors import UserError, report_user_errors
 from dldkit.options import command_parser, positive

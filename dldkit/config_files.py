@@ -1,4 +1,4 @@
-"""Files that a model's config names, kept beside it so that they travel together.
+"""Configs: how they are merged, and the files that they name, kept beside them.
 
 ESPnet's config names them relative to the directory where training was started, and
 resolves them against the one where inference is. Here, an experiment directory has
@@ -7,14 +7,17 @@ rewrites bare names to where they are, so that a packed zip works without dldkit
 """
 
 import argparse
+import copy
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dldkit.errors import UserError
 from dldkit.step import atomic
@@ -29,6 +32,42 @@ BARE_NAMES = {
 }
 
 
+def merge_files(configs: Sequence[str]) -> DictConfig:
+    """Merge YAML files and key=value settings, nested dictionaries key by key.
+
+    Raises:
+        UserError: a file is missing or no YAML dictionary.
+    """
+    merged = OmegaConf.create()
+    for config in configs:
+        try:
+            if Path(config).is_file():
+                part = OmegaConf.load(config)
+            elif "=" in config:
+                part = OmegaConf.from_dotlist([config])
+            else:
+                raise UserError(f"the config {config} does not exist")
+            merged = OmegaConf.merge(merged, part)
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+            raise UserError(f"{config} can not be merged: {error}") from error
+    return merged
+
+
+def merge_configs(configs: Sequence[str]) -> DictConfig:
+    """Merge as `merge_files` does.
+
+    Raises:
+        UserError: as well where a value that a file marks with ??? was not given.
+    """
+    merged = merge_files(configs)
+    missing = OmegaConf.missing_keys(merged)
+    if missing:
+        raise UserError(
+            f"{' '.join(configs)}: give {'=..., '.join(sorted(missing))}=..."
+        )
+    return merged
+
+
 def named_files(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the files that a config names, by their key in it."""
     found = {}
@@ -40,7 +79,17 @@ def named_files(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _set(config: dict[str, Any], key: str, value: str) -> None:
+def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the paths of its files, which enter by their content."""
+    plain = copy.deepcopy(dict(config))
+    for key in named_files(plain):
+        section, _, name = key.rpartition(".")
+        del (plain[section] if section else plain)[name]
+    return plain
+
+
+def set_file(config: dict[str, Any], key: str, value: str) -> None:
+    """Let a config name another file, by a key of `named_files`."""
     section, _, name = key.rpartition(".")
     if section:
         config[section] = {**config[section], name: value}
@@ -54,11 +103,11 @@ def copy_files(args: argparse.Namespace) -> None:
     A copy that is there already serves where the original is gone.
     """
     for key, path in named_files(vars(args)).items():
-        copy = Path(args.output_dir, BARE_NAMES[key])
-        if Path(path).is_file() or not copy.is_file():
-            with atomic(copy) as part:
+        own = Path(args.output_dir, BARE_NAMES[key])
+        if Path(path).is_file() or not own.is_file():
+            with atomic(own) as part:
                 shutil.copyfile(path, part)
-        _set(vars(args), key, copy.name)
+        set_file(vars(args), key, own.name)
 
 
 def resolve(config: Mapping[str, Any], directory: PathLike) -> dict[str, Any]:
@@ -72,12 +121,12 @@ def resolve(config: Mapping[str, Any], directory: PathLike) -> dict[str, Any]:
         beside = directory / Path(path).name
         bare = Path(path) == Path(Path(path).name)  # also ./NAME, as in a packed zip
         if beside.is_file() and (bare or not Path(path).is_file()):
-            _set(resolved, key, str(beside))
+            set_file(resolved, key, str(beside))
         elif not Path(path).is_file():
             # ESPnet's are relative to the recipe, which is above the experiment
             above = (p / path for p in directory.resolve().parents)
             if found := next((file for file in above if file.is_file()), None):
-                _set(resolved, key, str(found))
+                set_file(resolved, key, str(found))
                 continue
             raise UserError(
                 f"the config in {directory} names {path} as its {key}: there is no "
@@ -97,16 +146,22 @@ def resolved_arguments(args: argparse.Namespace) -> Iterator[None]:
     finally:
         for key, path in named_files(vars(args)).items():
             if named_files(found).get(key) == path:  # a list of tokens replaces a file
-                _set(vars(args), key, named_files(before)[key])
+                set_file(vars(args), key, named_files(before)[key])
 
 
 @contextmanager
 def resolved_config(path: PathLike) -> Iterator[Path]:
-    """Yield a config file that names the files of the one at `path` with full paths."""
+    """Yield a config file that names the files of the one at `path` with full paths.
+
+    Raises:
+        UserError: it can not be read, is no config, or names a file that is not there.
+    """
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
             config = yaml.load(file, yaml.CSafeLoader)
+    except OSError as error:
+        raise UserError(f"{path} can not be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
         raise UserError(f"{path} is no YAML file: {where}") from None
@@ -117,7 +172,7 @@ def resolved_config(path: PathLike) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory) / path.name
-        with copy.open("w", encoding="utf-8") as file:
+        found = Path(directory) / path.name
+        with found.open("w", encoding="utf-8") as file:
             yaml.dump(resolved, file, yaml.CSafeDumper, allow_unicode=True)
-        yield copy
+        yield found

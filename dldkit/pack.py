@@ -17,15 +17,14 @@ from espnet2.main_funcs.pack_funcs import unpack
 from torch import __version__ as torch_version
 
 import dldkit
-from dldkit.config_files import BARE_NAMES, named_files, resolve
-from dldkit.depth.profile import OLD_NAME, profile_path
+from dldkit.config_files import BARE_NAMES, named_files, resolved_config, set_file
+from dldkit.depth.profile import profile_path
 from dldkit.errors import UserError
 from dldkit.step import Step, digest
 
 PathLike = str | Path
 
-BESIDE = ("train.yaml", "RESULTS.md", "wer_vs_depth.png", "images", OLD_NAME)
-BESIDE += ("probe.json",)
+BESIDE = ("train.yaml", "RESULTS.md", "wer_vs_depth.png", "images", "probe.json")
 
 _RECOGNISE = """
 import json, sys
@@ -120,12 +119,12 @@ def _pack(
     for needed in (model_file, config_file):
         if not needed.is_file():
             raise UserError(f"{needed} does not exist: train the model first")
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    with resolved_config(config_file) as resolved:
+        config = yaml.safe_load(resolved.read_text(encoding="utf-8"))
     files = {model_file.name: model_file}
-    for key, path in named_files(resolve(config, exp)).items():
+    for key, path in named_files(config).items():
         # ./NAME is what ESPnet's unpack, its downloader and we find beside the config
-        section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = f"./{BARE_NAMES[key]}"
+        set_file(config, key, f"./{BARE_NAMES[key]}")
         files[BARE_NAMES[key]] = Path(path)
     if profile_path(model_file).is_file():  # in the zip, links are files
         name = profile_path(model_file.name).name

@@ -83,7 +83,7 @@ def _read_config(path: str) -> dict:
         raise UserError(f"parallel configuration {path} does not exist")
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}")
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected `env`, `n_workers` and `options`")
@@ -96,6 +96,8 @@ def _read_config(path: str) -> dict:
         raise UserError(f"{path}: env {config['env']!r}, choose from {' '.join(known)}")
     if not isinstance(config["n_workers"], int) or config["n_workers"] < 1:
         raise UserError(f"{path}: n_workers must be a positive integer")
+    if not isinstance(config["options"] or {}, dict):
+        raise UserError(f"{path}: options must be keys and values, as cores: 1")
     return config
 
 

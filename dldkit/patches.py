@@ -1,10 +1,12 @@
-"""Every place where dldkit changes what others' code does, because there is no seam.
+"""Where dldkit changes what ESPnet, torch and lhotse do, because there is no seam.
+
+What it changes for s3prl is in `dldkit.sfm.superb` (`s3prl_main` and `upstream`).
 
 - `patched`: ESPnet looks some classes and functions up by name in its own modules. For
-  the span of one call, another one stands there: `Speech2Text` and `_write_results`
-  (decoding at a depth, in `dldkit.asr.inference`), the trainer's `Reporter` (only
-  epochs at full depth can be the best, in `dldkit.train.stacking`), and `torch.save`
-  (files appear as a whole, in `dldkit.train.trainer`).
+  the span of one call, another one stands there: `Speech2Text`, `_write_results` and
+  `_too_short_result` (decoding at a depth, in `dldkit.asr.inference`), the trainer's
+  `Reporter` (only epochs at full depth can be the best, in `dldkit.train.stacking`),
+  and `torch.save` (files appear as a whole, in `dldkit.train.trainer`).
   In lhotse's recipes (`dldkit.data.corpus.reading`), a recording is described without
   sph2pipe, and one bad file does not end the preparation.
 - `let_espnet_resolve_files`: ESPnet's commands open the files that a config names

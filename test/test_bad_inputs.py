@@ -68,6 +68,11 @@ BAD = [
     (DECODE + " --data_dirs {bad}/lost --depths 4,2 --nj 2", "stopped: .*gone.wav"),
     (DECODE + " --data_dirs {dev} --depths 4 --inference_args=--beam", "--beam"),
     (
+        DECODE
+        + " --data_dirs {dev} --depths 4 --inference_args=--config={bad}/no.yaml",
+        "--config is no YAML file",
+    ),
+    (
         DECODE + " --data_dirs {dev} --depths 4 --parallel_config {bad}/cluster.yaml",
         "cluster.yaml: env 'moon', choose from",
     ),
@@ -145,6 +150,8 @@ BAD = [
         "--output_dir {tmp}/targets",
         "it has neither config.json",
     ),
+    ("sfm_cut_data {data} {tmp}/o --max_seconds 2 --audio_format mp9", "'mp9'"),
+    ("sfm_teacher_loss --config /no.yaml", "/no.yaml can not be read: No such file"),
     ("sfm_export --model_file /no.pth --output_dir {tmp}/hf", "no /config.yaml: name"),
     (
         "sfm_probe --upstream a --digits {dev} {dev} --strings {dev} {dev} "

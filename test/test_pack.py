@@ -72,6 +72,14 @@ def test_a_zip_that_recognises_otherwise_is_not_kept(model, corpus, monkeypatch)
     assert not list(Path().rglob("*.zip"))
 
 
+def test_a_config_that_is_none_is_refused(tmp_path):
+    model = tmp_path / "valid.loss.best.pth"
+    model.touch()
+    model.with_name("config.yaml").write_text("a: [1\n")
+    with pytest.raises(UserError, match="config.yaml is no YAML file"):
+        pack.pack_ssl(model, tmp_path / "packed" / "model.zip")
+
+
 def test_what_is_missing_is_named(model, corpus):
     with pytest.raises(UserError, match="nope.pth does not exist: train"):
         pack.pack_asr(model.with_name("nope.pth"), "packed/model.zip", corpus.dev)

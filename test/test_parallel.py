@@ -101,6 +101,7 @@ def test_config_names_the_workers(square, tmp_path):
         ("env: mars", "env 'mars'"),
         ("env: local\nn_workers: many", "positive integer"),
         ("env: local\nnj: 2", "unknown key.* nj"),
+        ("env: local\nn_workers: 2\noptions: abc", "options must be keys and values"),
     ],
 )
 def test_bad_config_is_refused(tmp_path, content, message):

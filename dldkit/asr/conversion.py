@@ -25,7 +25,14 @@ import dldkit
 from dldkit.asr.encoder import LayerDropEncoder
 from dldkit.asr.loading import find_checkpoint, load_asr_model
 from dldkit.asr.model import DLDModel
-from dldkit.config_files import BARE_NAMES, copy_files, named_files, resolved_config
+from dldkit.config_files import (
+    BARE_NAMES,
+    copy_files,
+    named_files,
+    resolved_config,
+    set_file,
+    without_files,
+)
 from dldkit.errors import UserError
 from dldkit.options import sampling_rate
 from dldkit.step import Step, atomic
@@ -223,7 +230,7 @@ def convert(model: str, recipe: Mapping[str, Any], outpath: Union[str, Path]) ->
     with opened(model) as (config, checkpoint):
         refuse_unfit(model, config)
         files = {"model": checkpoint, **named_files(config)}
-        options = dict(config=_without_files(config), recipe=recipe)
+        options = dict(config=without_files(config), recipe=recipe)
         with Step(directory, files, keep=True, name=outpath.name, **options) as step:
             if step.done:
                 return
@@ -240,20 +247,9 @@ def convert(model: str, recipe: Mapping[str, Any], outpath: Union[str, Path]) ->
             _write(directory / "config.yaml", vars(ours))
             load_asr_model(outpath)  # refuses weights that do not fit
             student = student_config(recipe, vars(ours))
-            for key in named_files(student):
-                section, _, name = key.rpartition(".")
-                place = student[section] if section else student
-                place[name] = str(directory / place[name])
+            for key, path in named_files(student).items():
+                set_file(student, key, str(directory / path))
             _write(directory / STUDENT, student)
-
-
-def _without_files(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without the paths of its files, which enter by what they hold."""
-    plain = copy.deepcopy(dict(config))
-    for key in named_files(plain):
-        section, _, name = key.rpartition(".")
-        del (plain[section] if section else plain)[name]
-    return plain
 
 
 def _write(path: Path, config: Mapping[str, Any]) -> None:

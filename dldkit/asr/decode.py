@@ -12,7 +12,7 @@ from typing import Any, Optional, Sequence, Union
 
 import torch
 
-from dldkit.asr.inference import Speech2Text, get_parser, inference
+from dldkit.asr.inference import Speech2Text, inference, read_options
 from dldkit.asr.loading import (
     encoder_states,
     read_checkpoint,
@@ -20,7 +20,7 @@ from dldkit.asr.loading import (
 )
 from dldkit.asr.speech import refuse_missing_speech, speech_source, utterance_ids
 from dldkit.asr.stopping import thresholds_on
-from dldkit.data.datadir import read_table
+from dldkit.data.datadir import read_lengths, read_table
 from dldkit.depth.profile import DepthProfile, find_profile
 from dldkit.depth.thresholds import FILE, read_thresholds, threshold_name
 from dldkit.errors import UserError
@@ -29,7 +29,7 @@ from dldkit.step import Step, atomic
 
 RESULTS = ("text", "token", "token_int", "score")
 # options that do not change a result, or enter in another way
-IRRELEVANT = ("config", "output_dir", "data_path_and_name_and_type", "log_level")
+IRRELEVANT = ("output_dir", "data_path_and_name_and_type", "log_level")
 IRRELEVANT += ("ngpu", "num_workers")
 LOG_FORMAT = "%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s"
 
@@ -49,6 +49,7 @@ class Decoding:
 
     @property
     def part_dirs(self) -> list[Path]:
+        """Where each part is decoded."""
         return [self.output_dir / "logdir" / f"output.{i}" for i in range(self.parts)]
 
     def merge(self) -> None:
@@ -168,7 +169,7 @@ def _inputs(
 def _options(argv: list[str]) -> dict[str, Any]:
     """Read asr_inference's arguments, but for those of the data; refuses wrong ones."""
     needed = ["--output_dir", ".", "--data_path_and_name_and_type", "a,speech,sound"]
-    return vars(get_parser().parse_args([*argv, *needed]))
+    return read_options([*argv, *needed])
 
 
 def _thresholds(
@@ -217,8 +218,8 @@ def _jobs(decoding: Decoding, model: list[str]) -> list[tuple[list[str], Path]]:
     path, name, data_type = speech_source(decoding.data_dir)
     table = read_table(path)
     lengths_file = decoding.data_dir / "utt2num_samples"
-    lengths = read_table(lengths_file) if lengths_file.is_file() else {}
-    utts = sorted(table, key=lambda utt: int(lengths.get(utt, 0)))
+    lengths = read_lengths(lengths_file) if lengths_file.is_file() else {}
+    utts = sorted(table, key=lambda utt: lengths.get(utt, 0))
     jobs = []
     for i, part_dir in enumerate(decoding.part_dirs):
         part_dir.mkdir(parents=True, exist_ok=True)
@@ -235,8 +236,7 @@ def _run_inference(one_thread: bool, job: tuple[list[str], Path]) -> None:
     argv, log = job
     if one_thread:
         torch.set_num_threads(1)
-    options = vars(get_parser().parse_args(argv))
-    options.pop("config")
+    options = read_options(argv)
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     handler = logging.FileHandler(log, mode="w")

@@ -320,11 +320,10 @@ def cnn_computed_once(*encoders: torch.nn.Module) -> Iterator[None]:
             encoder._features = None
 
 
-def weight_files(model: str) -> list[Path]:
+def weight_files(model: Union[str, Path]) -> list[Path]:
     """Return the files of a local model's weights; none on the Hub."""
-    return sorted(Path(model).glob("*.safetensors")) or sorted(
-        Path(model).glob("*.bin")
-    )
+    path = Path(model)
+    return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
 
 
 def _families():

@@ -37,7 +37,7 @@ from dldkit.sfm.wave import (
     projected_features,
 )
 
-WAVE_MODELS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
+WAVE_ENCODERS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
 # Of config.json: where it came from, and in which precision it was stored.
 NOT_SAVED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -115,6 +115,7 @@ class HFLayers(GatedModuleList):
         return flow.after(slot, layer(flow.hidden, attention_mask=flow.mask))
 
     def pass_through(self, layer: torch.nn.Module) -> Callable[[Flow], Flow]:
+        """Return what runs in place of a layer: nothing."""
         return lambda flow: flow
 
 
@@ -136,6 +137,7 @@ class WavLMLayers(HFLayers):
         return bias.repeat(batch, 1, 1)
 
     def kept_parameters(self, layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+        """Return the position bias's parameters of the first layer, which owns them."""
         if layer is not self[0]:
             return []
         return list(layer.attention.rel_attn_embed.parameters())
@@ -368,12 +370,12 @@ def describe(model: str) -> tuple[dict[str, Any], bool]:
             f"can not be had from the Hub ({error}). Check the name, or the network"
         ) from error
     rate, normalize = RATE, False
-    if config.model_type in WAVE_MODELS:
+    if config.model_type in WAVE_ENCODERS:
         rate, normalize = expected_speech(model)
     elif config.model_type != "whisper":
         raise UserError(
             f"encoder_conf model: {model} is a {config.model_type} model: choose one "
-            f"of {', '.join(WAVE_MODELS)} or whisper"
+            f"of {', '.join(WAVE_ENCODERS)} or whisper"
         )
     if rate != RATE:
         raise UserError(

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+from argparse import ArgumentParser
 from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Optional, Sequence, Union
 import numpy as np
 import soundfile
 import torch
+import yaml
 from espnet2.bin import asr_inference as espnet_inference
 from espnet2.legacy.nets.beam_search import Hypothesis
 from espnet2.main_funcs.pack_funcs import unpack
@@ -35,6 +37,8 @@ from dldkit.options import layer_list, positive, threshold
 from dldkit.patches import patched
 
 dldkit.register()
+
+Speech = Union[np.ndarray, torch.Tensor]
 
 
 class GreedyHypothesis(Hypothesis):
@@ -121,7 +125,9 @@ class Speech2Text(espnet_inference.Speech2Text):
             usable_exits(self.asr_model.encoder)
 
     @classmethod
-    def from_pretrained(cls, model_tag: Optional[str] = None, **kwargs: Any):
+    def from_pretrained(
+        cls, model_tag: Optional[str] = None, **kwargs: Any
+    ) -> "Speech2Text":
         """Build from a published model or a packed zip, as ESPnet's method does."""
         if model_tag is None or not zipfile.is_zipfile(model_tag):
             found = {} if model_tag is None else download_pretrained(model_tag)
@@ -183,8 +189,11 @@ class Speech2Text(espnet_inference.Speech2Text):
 
     @torch.no_grad()
     def batch_decode(
-        self, speech, speech_lengths=None, exit_threshold: Optional[float] = None
-    ):
+        self,
+        speech: Union[torch.Tensor, Sequence[Speech]],
+        speech_lengths: Optional[torch.Tensor] = None,
+        exit_threshold: Optional[float] = None,
+    ) -> list[list[tuple]]:
         """Recognise a batch; see ESPnet's Speech2Text.batch_decode, and `__call__`."""
         if not self.greedy:
             with self._turn:
@@ -199,7 +208,11 @@ class Speech2Text(espnet_inference.Speech2Text):
             paths = self._paths(batch, exit_threshold)
         return [[self._greedy_result(path)] for path in paths]
 
-    def padded(self, speech, speech_lengths=None) -> dict[str, torch.Tensor]:
+    def padded(
+        self,
+        speech: Union[torch.Tensor, Sequence[Speech]],
+        speech_lengths: Optional[torch.Tensor] = None,
+    ) -> dict[str, torch.Tensor]:
         """Return a batch of utterances (Samples,) as the model takes it."""
         if isinstance(speech, (list, tuple)):
             speech = [torch.as_tensor(np.asarray(s)) for s in speech]
@@ -299,7 +312,22 @@ def inference(
         raise UserError(f"decoding stopped: {message.splitlines()[-1]}") from error
 
 
-def get_parser():
+def read_options(cmd: Optional[Sequence[str]] = None) -> dict[str, Any]:
+    """Read the options of `inference` from a command line.
+
+    Raises:
+        UserError: the file of --config is no YAML.
+    """
+    try:
+        options = vars(get_parser().parse_args(cmd))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise UserError(f"--config is no YAML file: {where}") from None
+    del options["config"]
+    return options
+
+
+def get_parser() -> ArgumentParser:
     """Return ESPnet's parser with the depth options; greedy search is the default."""
     parser = espnet_inference.get_parser()
     for action in parser._actions:  # ESPnet's help has a bare % that stops --help

@@ -17,7 +17,7 @@ from dldkit.errors import UserError
 
 
 def load_asr_model(
-    path: Union[str, Path], device: str = "cpu"
+    path: Union[str, Path],
 ) -> tuple[ESPnetASRModel, argparse.Namespace]:
     """Load a trained ESPnet ASR model; return it in eval mode, and its config.
 
@@ -33,9 +33,7 @@ def load_asr_model(
         # not through espnet_model_zoo: its cache serves a re-packed zip's old content
         with tempfile.TemporaryDirectory() as directory:
             contents = unpack(path, directory)
-            return _build(
-                contents["asr_train_config"], contents["asr_model_file"], device
-            )
+            return _build(contents["asr_train_config"], contents["asr_model_file"])
     checkpoint = find_checkpoint(path) if path.is_dir() else path
     config = checkpoint.parent / "config.yaml"
     for needed in (checkpoint, config):
@@ -44,7 +42,7 @@ def load_asr_model(
                 f"no {needed}: name a trained experiment directory, one of its "
                 "checkpoints, or a packed zip"
             )
-    return _build(config, checkpoint, device)
+    return _build(config, checkpoint)
 
 
 def find_checkpoint(directory: Path) -> Path:
@@ -129,15 +127,13 @@ def without_espnets_news() -> Iterator[None]:
         logging.disable(before)
 
 
-def _build(config, checkpoint, device) -> tuple[ESPnetASRModel, argparse.Namespace]:
+def _build(config, checkpoint) -> tuple[ESPnetASRModel, argparse.Namespace]:
     from dldkit.tasks.asr import DLDASRTask
 
     states = read_checkpoint(checkpoint)
     try:
         with without_espnets_news():
-            model, train_args = DLDASRTask.build_model_from_file(
-                config, checkpoint, device
-            )
+            model, train_args = DLDASRTask.build_model_from_file(config, checkpoint)
     except RuntimeError as error:
         raise UserError(f"{checkpoint} does not fit {config}: {error}") from error
     check_weights(model, states, checkpoint)

@@ -32,9 +32,7 @@ def speech_source(data_dir: Union[str, Path]) -> tuple[str, str, str]:
 
 def utterance_ids(data_dir: Union[str, Path]) -> list[str]:
     """Return the utterances of a data directory, in the order of its files."""
-    path, _, _ = speech_source(data_dir)
-    with open(path, encoding="utf-8") as scp:
-        return [line.split(maxsplit=1)[0] for line in scp if line.strip()]
+    return list(read_table(speech_source(data_dir)[0]))
 
 
 def refuse_missing_speech(scp: Union[str, Path], data_type: str) -> None:

@@ -9,7 +9,7 @@ from typing import Optional
 
 from omegaconf import DictConfig
 
-from dldkit.bin.merge_config import merge_files
+from dldkit.config_files import merge_files
 from dldkit.errors import UserError, report_user_errors
 from dldkit.options import command_parser, parse, positive
 from dldkit.recipe.asr import reference_system

@@ -3,14 +3,12 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Optional, Sequence
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import OmegaConf
 
-from dldkit.errors import UserError, report_user_errors
+from dldkit.config_files import merge_configs
+from dldkit.errors import report_user_errors
 from dldkit.options import command_parser
 
 
@@ -24,42 +22,6 @@ def get_parser() -> argparse.ArgumentParser:
         "--select", nargs="+", help="print just these values, one to a line"
     )
     return parser
-
-
-def merge_files(configs: Sequence[str]) -> DictConfig:
-    """Merge YAML files and key=value settings, nested dictionaries key by key.
-
-    Raises:
-        UserError: a file is missing or no YAML dictionary.
-    """
-    merged = OmegaConf.create()
-    for config in configs:
-        try:
-            if Path(config).is_file():
-                part = OmegaConf.load(config)
-            elif "=" in config:
-                part = OmegaConf.from_dotlist([config])
-            else:
-                raise UserError(f"the config {config} does not exist")
-            merged = OmegaConf.merge(merged, part)
-        except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-            raise UserError(f"{config} can not be merged: {error}") from error
-    return merged
-
-
-def merge_configs(configs: Sequence[str]) -> DictConfig:
-    """Merge as `merge_files` does.
-
-    Raises:
-        UserError: as well where a value that a file marks with ??? was not given.
-    """
-    merged = merge_files(configs)
-    missing = OmegaConf.missing_keys(merged)
-    if missing:
-        raise UserError(
-            f"{' '.join(configs)}: give {'=..., '.join(sorted(missing))}=..."
-        )
-    return merged
 
 
 @report_user_errors

@@ -3,6 +3,7 @@
 
 import argparse
 
+from dldkit.data.format import AUDIO_FORMATS
 from dldkit.errors import report_user_errors
 from dldkit.options import add_job_options, command_parser, parse, sampling_rate
 
@@ -15,7 +16,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("dst", help="data directory to write")
     add("--max_seconds", type=float, required=True, help="no segment is longer")
     add("--fs", type=sampling_rate, default=16000, help="sampling rate in Hz")
-    add("--audio_format", default="flac", help="as format_data")
+    add("--audio_format", choices=AUDIO_FORMATS, default="flac", help="as format_data")
     add_job_options(parser)
     return parser
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
-from dldkit.bin.merge_config import merge_files
+from dldkit.config_files import merge_files
 from dldkit.errors import report_user_errors
 from dldkit.options import command_parser, parse
 

@@ -13,6 +13,21 @@ Table = dict[str, str]
 DROPPED_TEXT = "dropped_text"  # what was said in utterances that stage 3 dropped
 
 
+def read_text(path: Path) -> str:
+    """Return what a file of text holds.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 ({error}): convert it, for example by iconv -f latin1"
+            " -t utf-8"
+        ) from None
+
+
 def read_table(path: PathLike, allow_empty: bool = False) -> Table:
     """Read `key value` lines; with `allow_empty` the value may be missing.
 
@@ -22,10 +37,7 @@ def read_table(path: PathLike, allow_empty: bool = False) -> Table:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}")
+    lines = read_text(path).split("\n")
     if lines[-1] == "":  # after the final newline, which some corpora lack
         lines.pop()
     table: Table = {}
@@ -39,6 +51,23 @@ def read_table(path: PathLike, allow_empty: bool = False) -> Table:
             raise UserError(f"{path}, line {number}: {key} is there twice")
         table[key] = value.rstrip()
     return table
+
+
+def read_lengths(path: PathLike) -> dict[str, int]:
+    """Read `utt2num_samples`, or the numbers of frames in `feats_shape`.
+
+    Raises:
+        UserError: naming the utterance whose length is no number; see `read_table`.
+    """
+    lengths = {}
+    for utt, value in read_table(path).items():
+        length = value.split(",")[0]
+        if not length.isdecimal():
+            raise UserError(
+                f"{path}: {value!r} of {utt} is no length: do stage 3 again"
+            )
+        lengths[utt] = int(length)
+    return lengths
 
 
 def splits_of(table: PathLike) -> list[Path]:
@@ -84,7 +113,7 @@ def spk2utt(utt2spk: Table) -> Table:
 def read_source(directory: PathLike) -> str | None:
     """Return the line that names the corpus, if the directory has one."""
     path = Path(directory) / "corpus_source"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    return read_text(path).strip() if path.is_file() else None
 
 
 def subset_data_dir(src: PathLike, dst: PathLike, utts: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -359,8 +360,12 @@ def _check_extracted(src: str, utts: list[str]) -> Outcome:
     path = Path(src) / "feats.scp"
     table = read_table(path)
     speeds = _read_optional(path.with_name("utt2speed"))
-    if any(float(speed) != 1 for speed in speeds.values()):
-        raise UserError(f"{src}: extracted features can not be speed-perturbed")
+    for utt, speed in speeds.items():
+        if not re.fullmatch(r"1(\.0*)?", speed):
+            raise UserError(
+                f"{src}: utt2speed of {utt} is {speed}, and extracted features can not "
+                "be speed-perturbed: remove utt2speed"
+            )
     outcome = Outcome()
     dims: dict[int, str] = {}
     for utt in tqdm(utts, desc=f"check {Path(src).name}"):

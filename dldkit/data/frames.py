@@ -215,11 +215,9 @@ def read_in_training(
             f" the first is {missing[0]}: {collect_again}"
         )
     try:
-        kind = kaldiio.load_mat(next(iter(stored.values()))).dtype.kind
+        kaldiio.load_mat(next(iter(stored.values())))
     except (OSError, ValueError, StopIteration) as error:
         raise UserError(f"{scp} can not be read: {error}: {collect_again}") from None
-    if kind == "u":
-        raise UserError(f"{scp} is in the format of an old version: {collect_again}")
     for data in entries:
         if data and all(key != name for _, key, _ in data):
             data.append((str(scp), name, DATA_TYPE))

@@ -6,6 +6,7 @@ from pathlib import Path
 from dldkit.data.audio import declared_length
 from dldkit.data.datadir import (
     empty_transcripts,
+    read_lengths,
     read_table,
     report_dropped,
     step_of,
@@ -13,6 +14,7 @@ from dldkit.data.datadir import (
     utterances,
     write_table,
 )
+from dldkit.errors import UserError
 
 
 def filter_data(
@@ -32,8 +34,13 @@ def filter_data(
         text: whether every utterance must have a transcript.
 
     Raises:
-        UserError: nothing is left.
+        UserError: the bounds are none, a length is no number, or nothing is left.
     """
+    if not 0 <= min_length <= max_length:  # nan, too
+        raise UserError(
+            f"min_length {min_length} and max_length {max_length}: choose two numbers "
+            "from 0, the greater one for max_length"
+        )
     utts = utterances(src, text)
     options = dict(min_length=min_length, max_length=max_length, fs=fs, text=text)
     with step_of(src, dst, **options) as step:
@@ -54,13 +61,14 @@ def _filter(
     raw = (directory / "utt2num_samples").is_file()
     scp, sizes = ("wav.scp", "utt2num_samples") if raw else ("feats.scp", "feats_shape")
     entries, size = read_table(directory / scp), read_table(directory / sizes)
+    lengths = read_lengths(directory / sizes)
     silent = empty_transcripts(src) if text else set()
     if raw and fs is None:
         _, fs, _ = declared_length(next(iter(entries.values())))
     scale, unit = (fs, "s") if raw else (1, "frames")
     dropped = {}
     for utt in utts:
-        length = int(size[utt].split(",")[0]) / scale
+        length = lengths[utt] / scale
         if utt in silent:
             dropped[utt] = "empty transcript"
         elif length < min_length:

@@ -4,7 +4,7 @@ import io
 import logging
 from pathlib import Path
 
-from dldkit.data.datadir import read_table
+from dldkit.data.datadir import read_table, read_text
 from dldkit.errors import UserError
 from dldkit.step import Step, atomic
 
@@ -39,6 +39,7 @@ def make_token_list(
         raise UserError(f"{text} has no transcripts to make tokens from")
     if nlsyms is not None and not Path(nlsyms).is_file():
         raise UserError(f"{nlsyms} (non-linguistic symbols) does not exist")
+    symbols = read_text(Path(nlsyms)).split() if nlsyms else []
     directory = Path(output).parent
     files = {"text": text} | ({"nlsyms": nlsyms} if nlsyms else {})
     options = dict(token_type=token_type)
@@ -51,7 +52,6 @@ def make_token_list(
             return
         if token_type == "bpe":
             prefix = bpe_model_prefix or str(directory / "bpe")
-            symbols = Path(nlsyms).read_text(encoding="utf-8").split() if nlsyms else []
             del options["token_type"]
             units = _train_bpe(sentences, text, prefix, symbols, **options)
             tokens = [BLANK, UNK, *units, SOS_EOS]

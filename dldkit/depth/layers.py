@@ -204,11 +204,13 @@ class GatedLayers(Gates, MultiSequential):
         self.open(sampler)
 
     def pass_through(self, layer: torch.nn.Module) -> Callable:
+        """Return what runs in place of a layer: its final norm, or nothing."""
         if self.keep_final_norm:
             return _FinalNorm(layer)
         return lambda *args: args
 
     def kept_parameters(self, layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+        """Return the parameters of the final norm, if it stays."""
         return list(layer.norm_final.parameters()) if self.keep_final_norm else []
 
 
@@ -230,6 +232,7 @@ class GatedModuleList(Gates, torch.nn.ModuleList):
         return repr(layers).replace("ModuleList", name, 1)
 
     def pass_through(self, layer: torch.nn.Module) -> Callable:
+        """Return what runs in place of a layer: nothing."""
         return lambda hidden_states, **kwargs: hidden_states
 
 

@@ -21,8 +21,6 @@ from dldkit.step import atomic
 
 PathLike = Union[str, Path]
 
-OLD_NAME = "depth_profile.pth"  # one file for a whole directory, up to version 0.1
-
 
 @dataclass
 class CalibratedDepth:
@@ -79,19 +77,16 @@ class DepthProfile:
 
     @classmethod
     def load(cls, path: PathLike) -> "DepthProfile":
-        """Read a profile, of this version or of the first.
+        """Read a profile.
 
         Raises:
             UserError: when there is no profile at `path`.
         """
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
-            depths = stored["depths"]
-            if isinstance(depths, dict):  # version 0.1
-                depths = depths.values()
             depths = [
                 CalibratedDepth(**{**depth, "layers": tuple(depth["layers"])})
-                for depth in depths
+                for depth in stored["depths"]
             ]
             return cls(depths, stored["checkpoint"])
         except FileNotFoundError:
@@ -132,17 +127,15 @@ def find_profile(
     """
     own = profile_path(checkpoint)
     others = sorted(own.parent.glob("*.profile.pth"))
-    candidates = [own, *(path for path in others if path != own)]
-    candidates = [
-        path for path in [*candidates, own.with_name(OLD_NAME)] if path.is_file()
-    ]
+    candidates = [own] if own.is_file() else []
+    candidates += [path for path in others if path != own]
     if not candidates:
         return None
     wanted = fingerprint(states)
     for path in candidates:
         if DepthProfile.load(path).checkpoint == wanted:
             return path
-    if own in candidates or own.with_name(OLD_NAME) in candidates:
+    if own in candidates:
         logging.warning(
             f"{candidates[0]} was calibrated for other weights than those of "
             f"{checkpoint}: it is not used. Make one with: python -m "

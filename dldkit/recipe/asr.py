@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dldkit.bin.merge_config import merge_files
+from dldkit.config_files import merge_files
 from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
 from dldkit.options import exit_thresholds, sampling_rate

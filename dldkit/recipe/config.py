@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dldkit.bin.merge_config import merge_files
+from dldkit.config_files import merge_files
 from dldkit.errors import UserError
 from dldkit.options import depth_list
 from dldkit.recipe.values import by_name, parsed, words_of

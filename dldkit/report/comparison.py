@@ -167,7 +167,9 @@ def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
     return number + sampler.smallest(number) + sandwich * drawn
 
 
-def epochs_of_equal_cost(runs: Sequence[Run], deepest: str, epochs: int, depth: float):
+def epochs_of_equal_cost(
+    runs: Sequence[Run], deepest: str, epochs: int, depth: float
+) -> int:
     """Return how many epochs at a mean depth cost as much as those of a static model.
 
     Raises:

@@ -41,7 +41,7 @@ def make_report(
     inference_tag: str,
     inference_asr_model: str,
     output_dir: Union[str, Path],
-    selector: str = "even",
+    selector: Optional[str] = None,
     depth_profile: Optional[str] = "auto",
     frame_shift: float = 0.01,
     rtf_utts: int = 20,

@@ -145,7 +145,7 @@ def _scores(data_dir: Path, text: Path, bootstrap: int, seed: int):
 def load_recognisers(
     systems: dict[str, Path],
     inference_asr_model: str,
-    selector: str = "even",
+    selector: Optional[str] = None,
     depth_profile: Optional[str] = "auto",
 ) -> dict[str, Any]:
     """Load each system as a greedy CTC recogniser on the CPU.

@@ -187,19 +187,18 @@ def not_decoded(data_dir: Path, decoded_dir: Path) -> dict[str, str]:
 
 
 def bootstrap_interval(
-    score: Score, samples: int = 1000, seed: int = 0, coverage: float = 0.95
+    score: Score, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the error rate, resampling utterances.
+    """95% percentile interval of the error rate, resampling utterances.
 
     Without any error there is nothing to resample: then it is the exact binomial
     interval of as many correct units, which ends above zero.
 
     Args:
         samples: How many sets of ``len(score.utt_ids)`` utterances are drawn.
-        coverage: Share of the resampled error rates inside the interval.
     """
     if not score.errors.any():
-        exact = binomtest(0, int(score.lengths.sum())).proportion_ci(coverage)
+        exact = binomtest(0, int(score.lengths.sum())).proportion_ci(0.95)
         return float(exact.low), float(exact.high)
     drawn = bootstrap(
         (score.errors, score.lengths),
@@ -208,7 +207,7 @@ def bootstrap_interval(
         vectorized=True,
         n_resamples=samples,
         batch=max(1, _CHUNK // len(score.utt_ids)),
-        confidence_level=coverage,
+        confidence_level=0.95,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
@@ -216,8 +215,8 @@ def bootstrap_interval(
     return float(interval.low), float(interval.high)
 
 
-def _name(utt_ids: Sequence[str], shown: int = 5) -> str:
+def _name(utt_ids: Sequence[str]) -> str:
     """How many utterances, and the first few by name."""
-    names = ", ".join(sorted(utt_ids)[:shown])
-    more = ", ..." if len(utt_ids) > shown else ""
+    names = ", ".join(sorted(utt_ids)[:5])
+    more = ", ..." if len(utt_ids) > 5 else ""
     return f"{len(utt_ids)} utterance{'s'[: len(utt_ids) > 1]} ({names}{more})"

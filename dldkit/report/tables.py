@@ -11,6 +11,7 @@ from dldkit.errors import UserError
 from dldkit.report.results import Result
 
 BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
+SHOWN = 10  # utterances of a test set without text that a report names
 
 
 def summary_table(results: Sequence[Result]) -> str:
@@ -90,13 +91,13 @@ def espnet_table(results: Sequence[Result], unit: str, inference_tag: str) -> st
     return markdown("dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err", rows, text_columns=1)
 
 
-def not_decoded_lines(results: Sequence[Result], shown: int = 10) -> str:
+def not_decoded_lines(results: Sequence[Result]) -> str:
     """List the utterances of each test set that gave no text, and why, a line each."""
     lines = []
     for result in results:
         lost = result.not_decoded
-        some = [f"{utt} ({lost[utt]})" for utt in sorted(lost)[:shown]]
-        more = [f"and {len(lost) - shown} more, see results.json"] * (len(lost) > shown)
+        some = [f"{utt} ({lost[utt]})" for utt in sorted(lost)[:SHOWN]]
+        more = [f"and {len(lost) - SHOWN} more, see results.json"] * (len(lost) > SHOWN)
         if lost:
             where = f"{result.system}, {result.test_set}, depth {result.depth}"
             lines.append(f"- {where}: {', '.join(some + more)}")

@@ -31,7 +31,7 @@ def longest(max_seconds: float, fs: int) -> float:
     Raises:
         UserError: nothing can be learnt from so few.
     """
-    if max_seconds * fs < SHORTEST:
+    if not max_seconds * fs >= SHORTEST:  # nan, too
         raise UserError(
             f"max_seconds {max_seconds} is too short to learn from: choose "
             f"{SHORTEST / fs} or more"

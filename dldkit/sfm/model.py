@@ -348,8 +348,7 @@ class SFMDistillModel(AbsESPnetModel):
             raise UserError(
                 f"cnn_init: teacher: the CNN of {self.teacher_path} does not fit the "
                 f"student's: {error}. Give student_conf the conv_* and feat_extract_* "
-                "values of the teacher, collect cached targets of an old version "
-                "again, or set cnn_init: null"
+                "values of the teacher, or set cnn_init: null"
             ) from error
 
     def _has_the_teachers_cnn(self) -> bool:

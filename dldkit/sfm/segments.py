@@ -4,8 +4,9 @@ import logging
 from pathlib import Path
 from typing import Optional
 
-from dldkit.data.datadir import read_table, write_data_dir
+from dldkit.data.datadir import read_lengths, read_table, write_data_dir
 from dldkit.data.format import Format, format_data
+from dldkit.errors import UserError
 from dldkit.sfm.batches import GRID
 from dldkit.sfm.data import longest
 
@@ -43,23 +44,24 @@ def cut_data(
         UserError: `max_seconds` is too short, or `src` is no formatted directory.
     """
     most = longest(max_seconds, fs)
-    tables = {
-        name: read_table(Path(src) / name) for name in ("wav.scp", "utt2num_samples")
-    }
+    wavs = read_table(Path(src) / "wav.scp")
+    lengths = read_lengths(Path(src) / "utt2num_samples")
+    whole = sum(lengths.values())
+    if not whole:
+        raise UserError(f"{src}/utt2num_samples lists no samples: do stage 4 again")
     file = Path(src) / "utt2spk"
     speaker_of = read_table(file) if file.is_file() else {}
     segments, speakers, kept = {}, {}, 0
-    for utt, samples in tables["utt2num_samples"].items():
-        for i, (begin, end) in enumerate(segments_of(int(samples), most)):
+    for utt, samples in lengths.items():
+        for i, (begin, end) in enumerate(segments_of(samples, most)):
             segments[f"{utt}-{i:03d}"] = f"{utt} {begin / fs} {end / fs}"
             speakers[f"{utt}-{i:03d}"] = speaker_of.get(utt, utt)
             kept += end - begin
-    whole = sum(map(int, tables["utt2num_samples"].values()))
     logging.info(
-        f"{src} -> {dst}: {len(segments)} segments of {len(tables['wav.scp'])} "
+        f"{src} -> {dst}: {len(segments)} segments of {len(wavs)} "
         f"utterances, {kept / whole:.1%} of {whole / fs / 3600:.2f} h"
     )
     plan = Path(f"{dst}.plan")
-    write_data_dir(plan, wav_scp=tables["wav.scp"], utt2spk=speakers, segments=segments)
+    write_data_dir(plan, wav_scp=wavs, utt2spk=speakers, segments=segments)
     form = Format(fs=fs, audio_format=audio_format)
     format_data(str(plan), dst, form, nj, parallel_config, text=False)

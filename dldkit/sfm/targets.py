@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from dldkit.data.audio import BadAudio, declared_length, read_audio
-from dldkit.data.datadir import Table, read_table
+from dldkit.data.datadir import Table, read_lengths, read_table
 from dldkit.data.frames import (
     Part,
     collect,
@@ -173,7 +173,7 @@ def _refuse_small_disk(
 
 def _lengths(data_dir: PathLike) -> dict[str, int]:
     path = Path(data_dir) / "utt2num_samples"
-    return {u: int(n) for u, n in read_table(path).items()} if path.is_file() else {}
+    return read_lengths(path) if path.is_file() else {}
 
 
 def _samples_of(utt: str, wav: str) -> int:

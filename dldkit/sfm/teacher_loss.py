@@ -8,6 +8,8 @@ import yaml
 from espnet2.torch_utils.device_funcs import to_device
 from espnet2.train.distributed_utils import DistributedOption
 
+from dldkit.config_files import resolved_config
+from dldkit.errors import UserError
 from dldkit.options import flat_layers
 from dldkit.sfm.loss import HiddenStateLoss, trim
 from dldkit.sfm.teacher.cached import CachedTeacher
@@ -31,10 +33,18 @@ def teacher_loss(config: str, teacher: Optional[str] = None) -> dict[str, float]
 
     Returns:
         `loss` and its parts, as training reports them.
+
+    Raises:
+        UserError: `config` is none of a distillation.
     """
-    with open(config, encoding="utf-8") as file:
-        args = argparse.Namespace(**yaml.safe_load(file))
-    conf = args.model_conf
+    with resolved_config(config) as file:
+        args = argparse.Namespace(**yaml.safe_load(file.read_text(encoding="utf-8")))
+    conf = getattr(args, "model_conf", None) or {}
+    if not {"teacher", "teacher_layers"} <= set(conf):
+        raise UserError(
+            f"{config}: its model_conf names no teacher and teacher_layers: give the "
+            "config.yaml of a training of dldkit.bin.sfm_distill_train"
+        )
     layers = conf["teacher_layers"]
     targets = open_teacher(conf["teacher"], flat_layers(layers))
     if teacher is None and isinstance(targets, CachedTeacher):

@@ -18,7 +18,7 @@ from espnet2.train.distributed_utils import (
 )
 
 from dldkit.asr.speech import refuse_missing_speech
-from dldkit.config_files import BARE_NAMES, copy_files, named_files
+from dldkit.config_files import BARE_NAMES, copy_files, named_files, without_files
 from dldkit.data.datadir import splits_of
 from dldkit.data.frames import DATA_TYPE
 from dldkit.errors import UserError
@@ -141,19 +141,13 @@ def _options(args: argparse.Namespace) -> dict[str, object]:
     if args.collect_stats:
         names = [name for name in STATISTICS.split() if hasattr(args, name)]
         return {name: getattr(args, name) for name in names}
-    options = dict(vars(args))
-    for name in vars(args):
-        if name in IRRELEVANT.split() or name.startswith(("dist_", "wandb_")):
-            del options[name]
-        elif name.endswith(FILES):  # the files enter by what they hold
-            del options[name]
-    for key in named_files(vars(args)):
-        section, _, name = key.rpartition(".")
-        if section:
-            options[section] = {k: v for k, v in options[section].items() if k != name}
-        else:
-            del options[name]
-    return options
+    return {
+        name: value
+        for name, value in without_files(vars(args)).items()
+        if name not in IRRELEVANT.split()
+        and not name.startswith(("dist_", "wandb_"))
+        and not name.endswith(FILES)  # which enter by what they hold
+    }
 
 
 def _with_splits(tables: Mapping[str, str]) -> dict[str, str]:

@@ -1,13 +1,17 @@
 """ESPnet's trainer, made safe against a kill at any moment."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import espnet2.train.trainer
 import torch
+from espnet2.iterators.abs_iter_factory import AbsIterFactory
+from espnet2.schedulers.abs_scheduler import AbsScheduler
+from espnet2.train.distributed_utils import DistributedOption
 from espnet2.train.reporter import Reporter
-from espnet2.train.trainer import Trainer
+from espnet2.train.trainer import Trainer, TrainerOptions
 
 from dldkit.depth.layers import Gates, find_gates
 from dldkit.errors import UserError
@@ -28,14 +32,14 @@ class ResumableTrainer(Trainer):
     @classmethod
     def run(
         cls,
-        model,
-        optimizers,
-        schedulers,
-        train_iter_factory,
-        *args,
-        trainer_options,
-        **kwargs,
-    ):
+        model: torch.nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Sequence[Optional[AbsScheduler]],
+        train_iter_factory: AbsIterFactory,
+        *args: Any,
+        trainer_options: TrainerOptions,
+        **kwargs: Any,
+    ) -> None:
         """Train; see ESPnet's Trainer.run.
 
         Raises:
@@ -71,7 +75,9 @@ class ResumableTrainer(Trainer):
         checkpoint.commit()
 
     @classmethod
-    def resume(cls, *args, optimizers, **kwargs) -> None:
+    def resume(
+        cls, *args: Any, optimizers: Sequence[torch.optim.Optimizer], **kwargs: Any
+    ) -> None:
         """Go on from a checkpoint; see ESPnet's Trainer.resume.
 
         Raises:
@@ -86,7 +92,13 @@ class ResumableTrainer(Trainer):
             )
 
     @classmethod
-    def train_one_epoch(cls, *args, options, distributed_option, **kwargs):
+    def train_one_epoch(
+        cls,
+        *args: Any,
+        options: TrainerOptions,
+        distributed_option: DistributedOption,
+        **kwargs: Any,
+    ) -> bool:
         """Train one epoch, once all files of the epoch before are in their place."""
         _Checkpoint(options, distributed_option).commit()
         return super().train_one_epoch(
@@ -103,7 +115,7 @@ def _some_layers_rest(layers: Optional[Gates]) -> bool:
 class _Checkpoint:
     """checkpoint.pth of a run, of which the first rank alone takes care."""
 
-    def __init__(self, options, distributed_option):
+    def __init__(self, options: TrainerOptions, distributed_option: DistributedOption):
         self.path = Path(options.output_dir) / CHECKPOINT
         self.pending = _pending(self.path)
         self.is_ours = (
@@ -111,10 +123,11 @@ class _Checkpoint:
         )
 
     def commit(self) -> None:
+        """Let the checkpoint of a complete epoch replace the one before."""
         if self.is_ours and self.pending.exists():
             self.pending.replace(self.path)
 
-    def settle(self, best_model_criterion) -> None:
+    def settle(self, best_model_criterion: Sequence[Sequence[str]]) -> None:
         """Bring a run that was killed between two epochs to one side of the boundary.
 
         Once the epoch's model is there, ESPnet may have removed the one that it
@@ -135,7 +148,9 @@ class _Checkpoint:
     def _model(self, epoch: int) -> Path:
         return self.path.with_name(f"{epoch}epoch.pth")
 
-    def _link_models(self, reporter: Reporter, best_model_criterion) -> None:
+    def _link_models(
+        self, reporter: Reporter, best_model_criterion: Sequence[Sequence[str]]
+    ) -> None:
         """Rebuild the links of an epoch, as ESPnet makes them after its model."""
         models = {"latest.pth": self._model(reporter.get_epoch())}
         for phase, key, mode in best_model_criterion:
@@ -153,7 +168,7 @@ def _pending(checkpoint: Path) -> Path:
 
 
 @contextmanager
-def _atomic_saves():
+def _atomic_saves() -> Iterator[None]:
     """Let torch.save write files as a whole, and hold checkpoint.pth back."""
     save = torch.save
 

@@ -20,8 +20,9 @@ from dldkit.asr.conversion import (
     refuse_unfit,
     student_config,
 )
-from dldkit.bin import merge_config, start_from
+from dldkit.bin import start_from
 from dldkit.bin.asr_train import main as train
+from dldkit.config_files import merge_configs
 from dldkit.errors import UserError
 from dldkit.tasks.asr import DLDASRTask
 
@@ -102,7 +103,7 @@ def start(model, recipe, system="anytime"):
     start_from.main([str(model), *where])
     parts = [outpath.with_name("student.yaml"), ROOT / f"conf/systems/{system}.yaml"]
     settings = [f"model_conf.reference={outpath}", "init_param=[]"]
-    return outpath, merge_config.merge_configs([*map(str, parts), *settings])
+    return outpath, merge_configs([*map(str, parts), *settings])
 
 
 def train_command(corpus, config, outpath):

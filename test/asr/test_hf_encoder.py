@@ -843,7 +843,7 @@ def test_the_wavlm_setting_of_the_paper_trains(saved, corpus, tmp_path):
     from omegaconf import OmegaConf
 
     from dldkit.bin.asr_train import main
-    from dldkit.bin.merge_config import merge_files
+    from dldkit.config_files import merge_files
 
     model, path = saved("wavlm", num_hidden_layers=12)
     config = ROOT / "egs2/librispeech_100/asr1/conf/train_asr_wavlm.yaml"

@@ -127,6 +127,9 @@ def test_subset_keeps_the_source(directory, tmp_path):
     assert read_table(tmp_path / "sub" / "text") == {"b-1": "THREE"}
     assert read_table(tmp_path / "sub" / "spk2utt") == {"b": "b-1"}
     assert (tmp_path / "sub" / "corpus_source").read_text() == "a corpus\n"
+    (directory / "corpus_source").write_text("a c\xf6rpus\n", encoding="latin1")
+    with pytest.raises(UserError, match="corpus_source is not UTF-8 .*: convert it"):
+        subset_data_dir(directory, tmp_path / "sub", ["b-1"])
 
 
 def test_dropped_are_listed_and_all_is_too_many(tmp_path, caplog):

@@ -399,6 +399,16 @@ class TestExtracted:
         with pytest.raises(UserError, match=f"7 .*9 .{utt}"):
             format_data(extracted, tmp_path / "out", Format("extracted"))
 
+    @pytest.mark.parametrize("speed", ["abc", "0.9", "10"])
+    def test_other_speeds_are_refused(self, extracted, tmp_path, speed):
+        utt = max(self.feats)
+        speeds = {**dict.fromkeys(self.feats, "1.0"), utt: speed}
+        write_table(extracted / "utt2speed", speeds)
+        with pytest.raises(UserError, match=f"utt2speed of {utt} is {speed}, and"):
+            format_data(extracted, tmp_path / "out", Format("extracted"))
+        write_table(extracted / "utt2speed", {**speeds, utt: "1"})
+        format_data(extracted, tmp_path / "out", Format("extracted"))
+
     def test_missing_features_are_refused(self, train, tmp_path):
         with pytest.raises(UserError, match="feats.scp does not exist"):
             format_data(train, tmp_path / "out", Format("extracted"))

@@ -75,6 +75,20 @@ def test_length_filter(formatted, tmp_path, caplog):
         assert (tmp_path / "out" / name).read_text() == (src / name).read_text()
 
 
+@pytest.mark.parametrize("bounds", [("nan", "3"), ("0", "nan"), ("2", "1")])
+def test_impossible_bounds_are_refused(an4, tmp_path, bounds):
+    with pytest.raises(UserError, match="max_length .*: choose two numbers"):
+        filter_data(an4 / "test", tmp_path / "out", *map(float, bounds))
+
+
+def test_a_length_that_is_no_number_is_refused(formatted, tmp_path):
+    src, scale = formatted
+    table = src / ("utt2num_samples" if scale == 1 else "feats_shape")
+    write_table(table, {**read_table(table), "fash-an251-fash-b": "long"})
+    with pytest.raises(UserError, match="'long' of fash-an251-fash-b is no length"):
+        filter_data(src, tmp_path / "out", 0, 1e9)
+
+
 def test_length_filter_drops_empty_text_and_refuses_nothing_left(formatted, tmp_path):
     src, _ = formatted
     text = read_table(src / "text")

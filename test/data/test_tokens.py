@@ -114,6 +114,15 @@ def test_refusals(text, tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("token_type", ["char", "bpe"])
+def test_symbols_in_another_encoding_are_refused(text, tmp_path, capsys, token_type):
+    (tmp_path / "latin").write_text("<b\xe4m>\n", encoding="latin1")
+    options = f"--nlsyms {tmp_path}/latin --nbpe 40 --token_type {token_type}"
+    with pytest.raises(SystemExit):
+        main(f"--text {text} --output {tmp_path}/tokens.txt {options}".split())
+    assert "latin is not UTF-8" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_no_transcripts_are_refused(tmp_path, capsys):
     write_table(tmp_path / "text", {"a": "", "b": ""})
     with pytest.raises(SystemExit):

@@ -59,20 +59,6 @@ class TestFile:
             assert (found.selector, found.made_from) == ("even", depth.made_from)
         assert loaded.depths[(0, 3)].ctc_loss == (2.0, 1.5)
 
-    def test_the_first_versions_file_is_read(self, profile, tmp_path):
-        old = {
-            "checkpoint": profile.checkpoint,
-            "depths": {
-                len(layers): {"layers": list(layers), "statistics": depth.statistics}
-                for layers, depth in profile.depths.items()
-            },
-        }
-        torch.save(old, tmp_path / "depth_profile.pth")
-        loaded = DepthProfile.load(tmp_path / "depth_profile.pth")
-        assert list(loaded.depths) == [(0, 1, 2, 3), (0, 3)]
-        for layers, depth in profile.depths.items():
-            assert same(loaded.depths[layers].statistics, depth.statistics)
-
     def test_refuses_what_is_no_profile(self, tmp_path):
         with pytest.raises(UserError, match="no depth profile .*dldkit.bin.calibrate"):
             DepthProfile.load(tmp_path / "missing.pth")
@@ -129,11 +115,6 @@ class TestFind:
         profile.save(tmp_path / "valid.loss.ave_2best.profile.pth")
         found = find_profile(tmp_path / "valid.loss.ave.pth", encoder.state_dict())
         assert found == tmp_path / "valid.loss.ave_2best.profile.pth"
-
-    def test_the_first_versions_is_found(self, checkpoint, encoder, profile, tmp_path):
-        profile.save(tmp_path / "depth_profile.pth")
-        found = find_profile(checkpoint, encoder.state_dict())
-        assert found == tmp_path / "depth_profile.pth"
 
     def test_stale_one_is_not_used_and_says_how_to_make_another(
         self, checkpoint, profile, make_encoder, caplog

@@ -49,3 +49,20 @@ def test_cut_data(tmp_path, caplog):
     assert sizes == {utt: str(len(x)) for utt, x in expected.items()}
     with pytest.raises(UserError, match="max_seconds 0.01 is too short"):
         cut_data(str(source), str(tmp_path / "cut"), 0.01, 16000)
+    with pytest.raises(UserError, match="max_seconds nan is too short"):
+        cut_data(str(source), str(tmp_path / "cut"), float("nan"), 16000)
+
+
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        ("", "utt2num_samples lists no samples"),
+        ("a 0\n", "utt2num_samples lists no samples"),
+        ("a many\n", "utt2num_samples: 'many' of a is no length"),
+    ],
+)
+def test_lengths_that_say_nothing_are_refused(tmp_path, lengths, message):
+    (tmp_path / "wav.scp").write_text("a a.wav\n")
+    (tmp_path / "utt2num_samples").write_text(lengths)
+    with pytest.raises(UserError, match=message):
+        cut_data(str(tmp_path), str(tmp_path / "cut"), 2.0, 16000)

@@ -13,10 +13,10 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModel
 
+from dldkit.asr.hf_encoder import weight_files
 from dldkit.errors import UserError
 from dldkit.report.cost import counted_macs
 from dldkit.sfm.pretrained import load_pretrained
-from dldkit.sfm.teacher.hub import weight_files
 from dldkit.sfm.teacher.wave import WAVE_MODELS
 from dldkit.step import digest
 

@@ -1,7 +1,5 @@
 """Directories of Hugging Face transformers, and names on its Hub."""
 
-from pathlib import Path
-
 import transformers
 
 from dldkit.errors import UserError
@@ -21,9 +19,3 @@ def read_config(path: PathLike) -> transformers.PretrainedConfig:
             f"no teacher {path}: name a Hugging Face model or its directory, an ESPnet "
             f"SSL experiment, or cached targets ({error})"
         ) from error
-
-
-def weight_files(path: PathLike) -> list[Path]:
-    """Return the files of the weights; none for a name on the Hub."""
-    path = Path(path)
-    return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))

@@ -6,6 +6,7 @@ from typing import Optional, Sequence
 import torch
 import transformers
 
+from dldkit.asr.hf_encoder import weight_files
 from dldkit.errors import UserError
 from dldkit.sfm.pretrained import expected_speech, load_pretrained
 from dldkit.sfm.teacher import hub
@@ -38,7 +39,7 @@ class WaveTeacher(LiveTeacher):
             config.hidden_size, config.num_hidden_layers, rate, normalize
         )
 
-    weight_files = staticmethod(hub.weight_files)
+    weight_files = staticmethod(weight_files)
 
     def load(self, path: PathLike) -> torch.nn.Module:
         """Build the model."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from dldkit.asr.hf_encoder import weight_files
 from dldkit.sfm.data import FRAME
 from dldkit.sfm.pretrained import load_whisper_encoder
 from dldkit.sfm.teacher import hub
@@ -28,7 +29,7 @@ class WhisperTeacher(LiveTeacher):
         rate = WhisperTeacher.feature_extractor(path).sampling_rate
         return TeacherInfo(config.d_model, config.encoder_layers, rate, False)
 
-    weight_files = staticmethod(hub.weight_files)
+    weight_files = staticmethod(weight_files)
 
     @staticmethod
     def feature_extractor(path: PathLike):
