@@ -84,7 +84,7 @@ class DepthSampler:
         if not any(weights.values()):
             raise UserError(
                 f"min_depth {self.min_depth} is impossible with {num_layers} layers: "
-                "no depth is left to draw"
+                "no depth is left to draw, of those that depth_sampler allows"
             )
         return weights
 

@@ -5,6 +5,7 @@ Channels). What is cached is that of whole utterances, which for teacher and stu
 the same only if the student hears them whole. So these are padded, never cropped.
 """
 
+from pathlib import Path
 from typing import Any, Collection, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from espnet2.train.collate_fn import common_collate_fn
 from espnet2.train.preprocessor import CommonPreprocessor
 
 from dldkit.data.audio import BadAudio, declared_length
-from dldkit.data.datadir import read_table, splits_of
+from dldkit.data.datadir import read_table, read_text, splits_of
 from dldkit.data.frames import DATA_TYPE
 from dldkit.errors import UserError
 from dldkit.sfm.int8 import unpack
@@ -159,7 +160,8 @@ def refuse_other_rates(
     """Refuse waveforms of another sampling rate, in Hz, than the teacher's.
 
     Args:
-        data: path, name and type of ESPnet's data entries.
+        data: path, name and type of ESPnet's data entries; `noise` is the type of its
+            noise_scp and rir_scp, whose lines may be files alone.
 
     Raises:
         UserError: naming the table, and an utterance; or for an empty table.
@@ -167,7 +169,14 @@ def refuse_other_rates(
     for path, name, kind in data:
         if name != "speech" or kind == DATA_TYPE:
             continue
-        table = read_table(splits_of(path)[0])
+        if kind == "noise":
+            if not Path(path).is_file():
+                raise UserError(f"{path} does not exist")
+            lines = read_text(Path(path)).splitlines()
+            words = [line.split(maxsplit=1) for line in lines if line.strip()]
+            table = {w[0]: w[-1] for w in words}
+        else:
+            table = read_table(splits_of(path)[0])
         if not table:
             raise UserError(f"{path} lists no utterance")
         utt, file = next(iter(table.items()))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Optional, Sequence, Union
@@ -64,6 +65,14 @@ def export(
     slots = select_layers(
         student.config.num_hidden_layers, depth, layers, selector or model.selector
     )
+    number, drawn = student.config.num_hidden_layers, student.encoder.layers.sampler
+    trained = {*model.exits, number}
+    trained |= {d for d, w in drawn.weight_of_each_depth(number).items() if w}
+    if model.exits and len(slots) not in trained:
+        logging.warning(
+            f"depth {len(slots)} was not trained: it has no exit, and depth_sampler "
+            f"never draws it; choose one of {sorted(trained)}"
+        )
     export_student(student, model.normalize, slots, output_dir, model.sampling_rate)
     return slots
 

@@ -145,7 +145,9 @@ class SharBatches(IterableDataset):
 
     def _loaded(self, cut: "Cut") -> dict[str, Any]:
         data = {"speech": cut.load_audio().mean(axis=0)}  # of the channels
-        return self.preprocess_fn(cut.id, data) if self.preprocess_fn else data
+        if self.preprocess_fn:  # with noise, ESPnet's gives float64
+            data = self.preprocess_fn(cut.id, data)
+        return {name: x.astype(np.float32) for name, x in data.items()}
 
 
 class SharIterFactory(AbsIterFactory):

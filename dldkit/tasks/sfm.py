@@ -244,7 +244,7 @@ class SFMDistillTask(TrainerChoice, AbsTask):
                 "could be added: leave noise_scp and rir_scp out, or set "
                 "cached_features: false"
             )
-        heard = [*sum(entries, []), *((path, "speech", "sound") for path in noises)]
+        heard = [*sum(entries, []), *((path, "speech", "noise") for path in noises)]
         refuse_other_rates(heard, teacher_info(teacher).sampling_rate)
 
     @classmethod

@@ -91,6 +91,13 @@ class TrainerChoice:
                 f"trainer: {args.trainer} takes no trainer_conf, but got "
                 f"{args.trainer_conf}: set trainer: stacking, or remove it"
             )
+        if args.scheduler == "transformers" and not issubclass(
+            cls.trainer, ResumableTrainer
+        ):
+            raise UserError(
+                f"scheduler: transformers with trainer: {args.trainer}, which does not "
+                "tell it how long the training is: choose resumable or stacking"
+            )
         cls.check_data(args)
         super().main_worker(args)
 

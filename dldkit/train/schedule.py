@@ -9,6 +9,8 @@ from espnet2.schedulers.abs_scheduler import AbsBatchStepScheduler
 
 from dldkit.errors import UserError
 
+NEED_LOSSES = ("reduce_lr_on_plateau", "greedy")
+
 
 def total_steps(
     steps_per_epoch: Optional[int], max_epoch: int, given: Optional[int] = None
@@ -22,10 +24,16 @@ def total_steps(
     Raises:
         UserError: nobody knows.
     """
+    if given is None and steps_per_epoch is None:
+        raise UserError(
+            "the length of an epoch is not known in advance: choose trainer: stacking, "
+            "and set its trainer_conf total_steps to the optimiser steps of the whole "
+            "training"
+        )
     if given is None and not steps_per_epoch:
         raise UserError(
-            "the length of an epoch is not known in advance: set trainer_conf "
-            "total_steps to the optimiser steps of the whole training"
+            "an epoch has fewer batches than accum_grad gathers, so that there is no "
+            "optimiser step: lower accum_grad"
         )
     return given or steps_per_epoch * max_epoch
 
@@ -74,6 +82,11 @@ class TransformersSchedule(AbsBatchStepScheduler):
         """
         from transformers import get_scheduler
 
+        if self.name in NEED_LOSSES:
+            raise UserError(
+                f"scheduler_conf name {self.name}: it goes by losses, not by steps; "
+                "choose another one, such as linear or cosine"
+            )
         try:
             self.schedule = get_scheduler(
                 self.name, self.optimizer, round(self.warmup_ratio * total), total
@@ -82,7 +95,16 @@ class TransformersSchedule(AbsBatchStepScheduler):
             raise UserError(f"scheduler_conf name {self.name}: {error}") from None
 
     def step(self, epoch: Optional[int] = None) -> None:
-        """Set the rate of the next optimiser step."""
+        """Set the rate of the next optimiser step.
+
+        Raises:
+            UserError: nobody said how long the training is.
+        """
+        if not hasattr(self, "schedule"):
+            raise UserError(
+                "scheduler: transformers is not told how long the training is: train "
+                "with dldkit's commands, and trainer: resumable or stacking"
+            )
         self.schedule.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Stacking:
 
         Raises:
             UserError: when the model has no gated layers, or another depth, or draws
-                none where `random_depth` wants it to.
+                none where `random_depth` wants it to, or can draw none in a stage.
         """
         layers = find_gates(model)
         if layers is None:
@@ -116,6 +116,9 @@ class Stacking:
                 "trainer_conf random_depth: last_stage, and the model draws no depths: "
                 "set depth_sampler to another one than full, or remove it"
             )
+        for depth in self.depths:
+            if self._draws_at(depth):
+                layers.sampler.weight_of_each_depth(depth)  # refuses what can not be
         total = total_steps(steps_per_epoch, max_epoch, self.total_steps)
         self.layers, self.optimizer = layers, optimizer
         self.grown = getattr(model, "grown", None)
@@ -159,8 +162,10 @@ class Stacking:
         self._select(depth)
 
     def _select(self, depth: int) -> None:
-        draws = self.random_depth == "always" or depth == self.depths[-1]
-        self.layers.select(range(depth), draws)
+        self.layers.select(range(depth), self._draws_at(depth))
+
+    def _draws_at(self, depth: int) -> bool:
+        return self.random_depth == "always" or depth == self.depths[-1]
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
         depths = optimizer.param_groups[0].get("stacking", {}).get("depths")

@@ -169,7 +169,7 @@ class TestTables:
         runs += [run_of("other"), run_of("mine", seed=2)]
         names = ["static12", "other", "mine"]
         text = tables(runs, names, {"steps": dict.fromkeys(names, 8)})
-        rows = re.findall(r"\| other +\| (.*?) +\|", text)
+        rows = re.findall(r"\| other +\| +(\S.*?) +\|", text)
         assert rows[-1] == "no common seed"
 
     def test_take_the_epochs_of_the_budget(self):

@@ -245,6 +245,16 @@ def test_a_depth_is_exported_as_it_was_trained(
     assert AutoModel.from_pretrained(tmp_path / "hf").config.student_layers == layers
 
 
+def test_a_depth_that_was_not_trained_is_warned_of(trained, tmp_path, caplog):
+    checkpoint, _ = trained(exits=[1], layer_choice="prefix")
+    command = ["--model_file", str(checkpoint), "--output_dir", str(tmp_path / "hf")]
+    for depth in (1, 4):
+        main([*command, "--depth", str(depth)])
+    assert "was not trained" not in caplog.text
+    main([*command, "--depth", "2"])
+    assert "depth 2 was not trained" in caplog.text
+
+
 def test_an_exit_of_another_training_is_refused(trained, tmp_path):
     """Its weights would be left out of a model without it."""
     checkpoint, _ = trained(exits=[1], layer_choice="prefix")

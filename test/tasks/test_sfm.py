@@ -305,6 +305,7 @@ def test_the_student_alone_hears_noise(training, corpus, tmp_path, mode, is_live
 
 def test_trains_with_noise(training, tmp_path):
     noise = dict(noise_scp=save_noise(tmp_path), noise_apply_prob=0.5)
+    Path(noise["noise_scp"]).write_text(f"{tmp_path}/noise.wav\n")  # ESPnet takes both
     main(training(tmp_path / "exp", **noise, max_epoch=1))
     assert (tmp_path / "exp" / "1epoch.pth").is_file()
 
@@ -631,6 +632,11 @@ def test_collect_stats_writes_the_lengths_of_whole_utterances(
             dict(trainer_conf=dict(depths=[2, 4], random_depth="last_stage")),
             "the model draws no depths",
         ),
+        (
+            dict(scheduler="transformers", trainer="default", trainer_conf={}),
+            "scheduler: transformers with trainer: default, .* resumable or stacking",
+        ),
+        (dict(model_conf=dict(depth_sampler={4: 1})), "2 layers: no depth is left"),
         (dict(model_conf=dict(exits=[2])), "set layer_choice: prefix"),
         (dict(model_conf=dict(layer_init=[1])), "layer_init .*hidden_size is 12, but"),
         (dict(model_conf=dict(layer_init=[1, 2, 3])), "begins with 2 .*list 2 at most"),
@@ -880,6 +886,7 @@ class TestShar:
         factory = SFMDistillTask.build_iter_factory(args, DistributedOption(), "train")
         _, batch = next(iter(factory.build_iter(1)))
         assert not torch.equal(batch["speech"], batch["clean"])
+        assert batch["speech"].dtype == batch["clean"].dtype == torch.float32
 
     @pytest.mark.integration
     def test_two_ranks_hear_different_utterances(

@@ -44,13 +44,22 @@ def test_refuses_what_is_no_share(ratio):
         rates(10, warmup_ratio=ratio)
 
 
-def test_refuses_an_unknown_name():
-    with pytest.raises(UserError, match="scheduler_conf name triangle"):
-        rates(10, "triangle")
+@pytest.mark.parametrize("name", ["triangle", "reduce_lr_on_plateau", "greedy"])
+def test_refuses_another_name(name):
+    with pytest.raises(UserError, match=f"scheduler_conf name {name}"):
+        rates(10, name)
+
+
+def test_refuses_a_trainer_that_does_not_begin_it():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    with pytest.raises(UserError, match="not told how long .* resumable or stacking"):
+        TransformersSchedule(optimizer).step()
 
 
 def test_total():
     assert total_steps(5, 3) == 15 and total_steps(None, 3, 7) == 7
     assert total_steps(5, 3, 7) == 7
-    with pytest.raises(UserError, match="not known in advance: set trainer_conf"):
+    with pytest.raises(UserError, match="not known in advance: choose trainer: stack"):
         total_steps(None, 3)
+    with pytest.raises(UserError, match="no optimiser step: lower accum_grad"):
+        total_steps(0, 3)

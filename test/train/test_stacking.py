@@ -412,7 +412,10 @@ class TestRefusals:
             (dict(trainer_conf=dict(speed=2)), "trainer_conf: .*'speed'"),
             (dict(encoder="conformer", encoder_conf={}), "needs an encoder whose"),
             (dict(trainer_conf=dict(depths=[1, 2, 3])), "end at 3 .* has 4"),
-            (dict(iterator_type="chunk", chunk_length=50), "set trainer_conf total_st"),
+            (
+                dict(iterator_type="chunk", chunk_length=50),
+                "set its trainer_conf total_st",
+            ),
         ],
     )
     def test_in_training(self, growing_ctc, tmp_path, capsys, changes, message):

@@ -222,7 +222,7 @@ $(words "${card_tags}" | sed 's/^/- /')
 
 # ${title}
 
-Trained with dldkit (system \`${system}\`) on \`${train_set}\`.
+Trained with dldkit (system \`${system}\`) on \`${trained_on:-${train_set}}\`.
 
 ${snippet}
 

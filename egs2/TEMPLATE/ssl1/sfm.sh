@@ -113,6 +113,7 @@ if [ -z "${sfm_tag}" ]; then
 fi
 sfm_exp=${expdir}/sfm_${sfm_tag}
 sfm_stats_dir=${expdir}/sfm_stats # of the data alone, so that systems share them
+trained_on=${train_shar:-${train_set}}
 if [ -n "${train_shar}" ]; then # only the validation set is prepared
     train_set=${valid_set}
     sfm_stats_dir+=_${valid_set}
@@ -282,7 +283,8 @@ if run_stage 11 "${skip_train}"; then
     configure
     train_model
     "${python}" -m dldkit.bin.sfm_teacher_loss --config "${sfm_exp}/config.yaml" \
-        --teacher "${teacher}" --output_json "${sfm_exp}/teacher_loss.json"
+        --teacher "${teacher}" --output_json "${sfm_exp}/teacher_loss.json" ||
+        log "The teacher's own loss is not known, see above; the training is finished"
 fi
 
 if run_stage 12; then
