@@ -15,6 +15,7 @@ from dldkit.options import command_parser, parse, positive
 from dldkit.recipe.asr import reference_system
 from dldkit.recipe.config import is_open
 from dldkit.report.comparison import (
+    BUDGETS,
     SAMPLES,
     Run,
     epochs_of_equal_cost,
@@ -59,6 +60,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--system", required=True, help="staticN, or a file of conf/systems")
     _add_common(add)
     add("--deepest", required=True, help="name of the deepest static model")
+    add("--budget", choices=BUDGETS, default="arithmetic", help="what is equal")
     add = commands.add_parser(
         "reference",
         help="print which system is the reference of another one, if it has any",
@@ -73,7 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         help="the deepest static one first; the last one is compared with all others",
     )
-    add("--budgets", required=True, help="steps, arithmetic")
+    add("--budgets", required=True, help=f"of {', '.join(BUDGETS)}")
     add("--output", type=Path, required=True, help="the file, in Markdown")
     add("--command", required=True, help="that made the comparison")
     return parser
@@ -101,14 +103,14 @@ def _config(args: argparse.Namespace, system: str) -> DictConfig:
     return merge_files([str(f) for f in (config, *files)])
 
 
-def _reference(args: argparse.Namespace) -> str:
-    if static_depth(args.system):
+def _reference(args: argparse.Namespace, system: str, deepest: str) -> str:
+    if static_depth(system):
         return ""
-    config = _config(args, args.system)
+    config = _config(args, system)
     if not is_open(config, "model_conf.reference"):
         return ""
-    system = reference_system(config)
-    return args.deepest if system == "static" else system
+    reference = reference_system(config)
+    return deepest if reference == "static" else reference
 
 
 def _epochs(
@@ -118,12 +120,17 @@ def _epochs(
     deepest: str,
     budget: str,
 ) -> int:
-    if budget == "steps" or system == deepest:
-        return args.epochs
+    epochs = args.epochs
+    if budget == "steps":
+        return epochs
+    if budget == "total" and not _reference(args, system, deepest):
+        epochs *= 2  # others have a reference, which costs as much as the deepest model
+    if system == deepest:
+        return epochs
     depth: float = static_depth(system)
     if not depth:
         depth = mean_depth(_config(args, system))
-    return epochs_of_equal_cost(runs, deepest, args.epochs, depth)
+    return epochs_of_equal_cost(runs, deepest, epochs, depth)
 
 
 def _machine(run: Run) -> str:
@@ -139,10 +146,10 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         run = record(args.exp, args.inference_tag, args.name, args.seed, args.data_root)
         run.save(args.output)
     elif args.what == "reference":
-        print(_reference(args))
+        print(_reference(args, args.system, args.deepest))
     elif args.what == "epochs":
         runs = load_runs(args.results)
-        print(_epochs(args, runs, args.system, args.deepest, "arithmetic"))
+        print(_epochs(args, runs, args.system, args.deepest, args.budget))
     else:
         systems, runs = args.systems.split(), load_runs(args.results)
         budgets = {

@@ -18,6 +18,11 @@ from dldkit.report.tables import markdown, spread
 from dldkit.step import atomic
 
 SAMPLES = 5000  # of the bootstrap
+BUDGETS = {  # what trainings have in common, and how it is called in the tables
+    "steps": "steps",
+    "arithmetic": "arithmetic",
+    "total": "arithmetic, the reference's included",
+}
 
 
 @dataclass
@@ -381,9 +386,10 @@ def tables(
         if systems[0] not in chosen:
             raise UserError(f"there is no run of {systems[0]} yet: run stage 2")
         compared = Comparison(chosen)
-        parts += [f"## Equal {budget}", compared.costs()]
+        title = f"equal {BUDGETS[budget]}"
+        parts += [f"## {title.capitalize()}", compared.costs()]
         for test_set in compared.test_sets:
-            parts += [f"### {test_set}, equal {budget}", compared.scores(test_set)]
+            parts += [f"### {test_set}, {title}", compared.scores(test_set)]
             if systems[-1] in compared.dynamic:
                 parts.append(compared.differences(systems[-1], test_set))
     return "\n\n".join(parts)

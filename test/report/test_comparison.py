@@ -263,6 +263,22 @@ class TestCommand:
             )
             assert capsys.readouterr().out.strip() == str(expected)
 
+    def test_may_count_the_training_of_the_reference(self, recorded, tmp_path, capsys):
+        """Those that have none get the epochs of two static models in all."""
+        macs = {str(depth): 40 + 10 * depth for depth in range(1, 13)}
+        run = {**json.loads(recorded.read_text()), "macs": macs}
+        recorded.write_text(json.dumps({**run, "system": "static12"}))
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config()))
+        systems = Path(__file__).parents[2] / "conf" / "systems"
+        expected = dict(static12=20, early_exit=20, static2=53, anytime=15)
+        for system, epochs in expected.items():
+            compare.main(
+                f"epochs --system {system} --results {recorded.parent} --epochs 10 "
+                f"--budget total --deepest static12 --configs {tmp_path}/c.yaml "
+                f"{systems}".split()
+            )
+            assert capsys.readouterr().out.strip() == str(epochs)
+
     @pytest.mark.parametrize(
         "system, reference",
         [

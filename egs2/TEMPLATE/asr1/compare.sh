@@ -23,7 +23,8 @@ systems="static12 static10 static8 static6 static4 static2 static1 rd dld_paper 
     # of anytime and anytime_uniform
 asr_config=conf/train_asr.yaml  # training config of all systems
 epochs=8  # of the deepest static model, and of all others where --budgets says steps
-budgets="steps arithmetic"  # steps: as many epochs for all; arithmetic: as many as cost the same
+budgets="steps arithmetic"  # steps: as many epochs for all; arithmetic: as many as cost the same;
+    # total: the same with the reference's training counted, so twice as many for those without
 depths="12 10 8 6 4 2"  # depths to decode the systems of variable depth at
 jobs=2  # trainings at a time, each on one thread
 dumpdir=dump  # directory for formatted data
@@ -114,9 +115,9 @@ run_all() { # run_all SYSTEM...: what is missing of them, ${jobs} runs at a time
         for budget in ${budgets}; do
             for system in "$@"; do
                 local run_epochs=${epochs}
-                if [ "${budget}" == arithmetic ] && [ "${system}" != "${deepest}" ]; then
+                if [ "${budget}" != steps ]; then
                     run_epochs=$(compare epochs --results "${results}" --epochs "${epochs}" \
-                        --deepest "${deepest}" --system "${system}" \
+                        --budget "${budget}" --deepest "${deepest}" --system "${system}" \
                         --configs "${asr_config}" ../../../conf/systems conf/systems)
                 fi
                 if [ ! -e "$(file_of "${system}" "${run_epochs}" "${seed}")" ]; then
