@@ -32,16 +32,21 @@ def choose_thresholds(
         entropies: of each utterance at each exit (Utterances, Exits).
         exits: their depths, ascending.
         deepest: where the others leave.
-        targets: the mean depths that are wanted; those outside the exits have none.
+        targets: the mean depths that are wanted; those outside the exits have none,
+            and where none of several is inside, it is the middle.
     """
+    if not (exits and len(entropies)):
+        return {}
+    wanted: list[float] = [d for d in targets if exits[0] < d < deepest]
+    if not wanted and len(targets) > 1:
+        wanted = [(exits[0] + deepest) / 2]
     # rounded first, because a threshold is a name as well
     candidates = sorted({float(f"{value:.3g}") for value in entropies.flatten()})
     means = {t: mean_depth(entropies, exits, deepest, t) for t in candidates}
     chosen = {}
-    for target in targets:
-        if exits and exits[0] < target < deepest and means:
-            best = min(means, key=lambda t: abs(means[t] - target))
-            chosen[best] = means[best]
+    for target in wanted:
+        best = min(means, key=lambda t: abs(means[t] - target))
+        chosen[best] = means[best]
     return chosen
 
 

@@ -268,7 +268,11 @@ class TestThresholds:
         ]
         for target, found in zip((10, 8, 4), chosen.values(), strict=True):
             assert abs(found - target) == min(abs(d - target) for d in every)
-        assert choose_thresholds(self.ENTROPIES, [2, 4, 6], 12, [12, 2]) == {}
+        assert choose_thresholds(self.ENTROPIES, [2, 4, 6], 12, [12]) == {}
+        assert choose_thresholds(self.ENTROPIES, [], 12, [12, 2]) == {}
+        middle = choose_thresholds(self.ENTROPIES, [2, 4, 6], 12, [7])
+        assert len(middle) == 1
+        assert choose_thresholds(self.ENTROPIES, [2, 4, 6], 12, [12, 2]) == middle
 
     def test_on_a_data_directory(self, recogniser, corpus):
         """In one pass, what decoding gives with them."""

@@ -96,7 +96,10 @@ probe_sets=
 if [ "${probe}" == probe ]; then probe_sets="${probe_digits} ${probe_strings}"; fi
 teacher_name=$(basename "${teacher}")
 no_targets= # why there is no stage 9
-targets_from=${expdir}/targets_${teacher_name}
+# other segments, sizes or layers are other targets: collecting them must not clear these
+targets_from=${expdir}/targets_${teacher_name}_cut${segment_seconds}
+if [ "${targets_dtype}" != float16 ]; then targets_from+=_${targets_dtype}; fi
+if [ -n "${teacher_layers}" ]; then targets_from+=_layers${teacher_layers// /-}; fi
 if [ "${targets}" == live ]; then
     no_targets="the teacher runs beside the student"
     targets_from=${teacher}
