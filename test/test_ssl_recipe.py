@@ -236,12 +236,14 @@ def test_all_stages_of_a_distillation(distilled, speech):
     assert "4epoch results: [train] " in printed
     exp = recipe / "exp" / "sfm_interleave_eql"
     config = yaml.safe_load((exp / "config.yaml").read_text())
-    assert config["model_conf"]["teacher"] == "exp/targets_teacher_cut2.0"
+    assert config["model_conf"]["teacher"] == "exp/targets_teacher_cut2.0_layers2-3"
     assert config["trainer_conf"]["depths"] == [2, 4]
     lengths = table_of(recipe / "dump/raw/train_cut2.0/utt2num_samples")
     assert max(map(int, lengths.values())) <= 32000
     assert table_of(recipe / "exp/sfm_stats/train/speech_shape") == lengths
-    assert set(table_of(recipe / "exp/targets_teacher_cut2.0/targets.scp")) == {
+    assert set(
+        table_of(recipe / "exp/targets_teacher_cut2.0_layers2-3/targets.scp")
+    ) == {
         *lengths,
         *table_of(recipe / "dump/raw/valid_cut2.0/wav.scp"),
     }
@@ -309,8 +311,8 @@ def test_a_fast_distillation_reads_no_audio(distilled, speech):
     for part in ("train", "valid"):
         files = {f[1]: f[0] for f in config[f"{part}_data_path_and_name_and_type"]}
         assert files == dict(
-            speech="exp/targets_teacher_cut2.0/features/features.scp",
-            targets="exp/targets_teacher_cut2.0/targets.scp",
+            speech="exp/targets_teacher_cut2.0_layers2-3/features/features.scp",
+            targets="exp/targets_teacher_cut2.0_layers2-3/targets.scp",
         )
     own = json.loads((exp / "teacher_loss.json").read_text())
     assert 0 < own["loss"] < 1e-4
@@ -326,7 +328,8 @@ def test_another_teacher_has_targets_of_its_own(distilled, tmp_path):
     teacher = write_teacher(tmp_path / "other", layers=3)
     text = run("--stage", 11, "--stop_stage", 11, status=1, TEACHER=str(teacher))
     assert (
-        "exp/targets_other_cut2.0/targets.scp does not exist: run stage 9 first" in text
+        "exp/targets_other_cut2.0_layers2-3/targets.scp does not exist: run stage 9 first"
+        in text
     )
 
 
