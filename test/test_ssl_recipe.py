@@ -327,10 +327,8 @@ def test_another_teacher_has_targets_of_its_own(distilled, tmp_path):
     _, run, _ = distilled
     teacher = write_teacher(tmp_path / "other", layers=3)
     text = run("--stage", 11, "--stop_stage", 11, status=1, TEACHER=str(teacher))
-    assert (
-        "exp/targets_other_cut2.0_layers2-3/targets.scp does not exist: run stage 9 first"
-        in text
-    )
+    targets = "exp/targets_other_cut2.0_layers2-3/targets.scp"
+    assert f"{targets} does not exist: run stage 9 first" in text
 
 
 def test_run_sh_of_a_distillation_resumes_it(distilled):
