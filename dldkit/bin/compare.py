@@ -10,10 +10,10 @@ from typing import Optional
 from omegaconf import DictConfig
 
 from dldkit.config_files import merge_files
-from dldkit.errors import UserError, report_user_errors
+from dldkit.errors import report_user_errors
 from dldkit.options import command_parser, parse, positive
 from dldkit.recipe.asr import reference_system
-from dldkit.recipe.config import is_open
+from dldkit.recipe.config import files_of_system, is_open
 from dldkit.report.comparison import (
     BUDGETS,
     SAMPLES,
@@ -94,13 +94,7 @@ def _add_configs(add) -> None:
 def _config(args: argparse.Namespace, system: str) -> DictConfig:
     """Return the training config of a system that is no static model."""
     config, *directories = args.configs
-    files = [d / f"{system}.yaml" for d in directories]
-    files = [f for f in files if f.is_file()]
-    if not files:
-        raise UserError(
-            f"{system}: there is no {system}.yaml in {', '.join(map(str, directories))}"
-        )
-    return merge_files([str(f) for f in (config, *files)])
+    return merge_files([str(config), *files_of_system("system", system, directories)])
 
 
 def _reference(args: argparse.Namespace, system: str, deepest: str) -> str:

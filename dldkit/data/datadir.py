@@ -57,10 +57,19 @@ def read_lengths(path: PathLike) -> dict[str, int]:
     """Read `utt2num_samples`, or the numbers of frames in `feats_shape`.
 
     Raises:
-        UserError: naming the utterance whose length is no number; see `read_table`.
+        UserError: see `read_table` and `lengths_in`.
+    """
+    return lengths_in(read_table(path), path)
+
+
+def lengths_in(table: Table, path: PathLike) -> dict[str, int]:
+    """Return the numbers of a table of lengths that was read from `path`.
+
+    Raises:
+        UserError: naming the utterance whose length is no number.
     """
     lengths = {}
-    for utt, value in read_table(path).items():
+    for utt, value in table.items():
         length = value.split(",")[0]
         if not length.isdecimal():
             raise UserError(

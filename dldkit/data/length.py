@@ -6,7 +6,7 @@ from pathlib import Path
 from dldkit.data.audio import declared_length
 from dldkit.data.datadir import (
     empty_transcripts,
-    read_lengths,
+    lengths_in,
     read_table,
     report_dropped,
     step_of,
@@ -61,7 +61,7 @@ def _filter(
     raw = (directory / "utt2num_samples").is_file()
     scp, sizes = ("wav.scp", "utt2num_samples") if raw else ("feats.scp", "feats_shape")
     entries, size = read_table(directory / scp), read_table(directory / sizes)
-    lengths = read_lengths(directory / sizes)
+    lengths = lengths_in(size, directory / sizes)
     silent = empty_transcripts(src) if text else set()
     if raw and fs is None:
         _, fs, _ = declared_length(next(iter(entries.values())))

@@ -236,6 +236,19 @@ class GatedModuleList(Gates, torch.nn.ModuleList):
         return lambda hidden_states, **kwargs: hidden_states
 
 
+def why_untrained(gates: Gates, depth: int, exits: Sequence[int]) -> str:
+    """Say why a depth of a model with exits was not trained; empty where it was."""
+    number = len(gates)
+    if not exits or depth in (*exits, number):
+        return ""
+    if gates.sampler.weight_of_each_depth(number)[depth]:
+        return ""
+    return (
+        f"depth {depth} was not trained: it has no exit, and depth_sampler never draws "
+        f"it; choose one of {sorted({*exits, number})}"
+    )
+
+
 def find_gates(model: torch.nn.Module) -> Optional[Gates]:
     """Return the gated layers of a model, None if it has none."""
     return next((m for m in model.modules() if isinstance(m, Gates)), None)
@@ -313,19 +326,10 @@ class DynamicDepth:
 
     def _warn_of_untrained(self, layers: tuple[int, ...]) -> None:
         """Say once that first layers end where a model with exits has none."""
-        exits, gates = getattr(self, "exits", ()), self.gates
-        depth, number = len(layers), len(gates)
-        if (
-            exits
-            and depth not in (*exits, number)
-            and not gates.sampler.weight_of_each_depth(number)[depth]
-            and layers not in self._warned
-        ):
+        why = why_untrained(self.gates, len(layers), getattr(self, "exits", ()))
+        if why and layers not in self._warned:
             self._warned |= {layers}
-            logging.warning(
-                f"depth {depth} was not trained: it has no exit, and depth_sampler "
-                f"never draws it; choose one of {sorted({*exits, number})}"
-            )
+            logging.warning(why)
 
     def set_depth(
         self,

@@ -35,7 +35,8 @@ def training_config(
         start: the config of a trained model, whose architecture it has.
     """
     option = "reference_system" if kind == "reference" else "system"
-    files = _files_of_system(option, options[option], systems)
+    directories = (systems, Path("conf", "systems"))
+    files = files_of_system(option, options[option], directories)
     config = merge_files([options[f"{kind}_config"]])
     if start:
         from dldkit.asr.conversion import student_config
@@ -54,16 +55,19 @@ def training_config(
         ) from None
 
 
-def _files_of_system(option: str, system: str, systems: Path) -> list[str]:
-    """Return the configs of a system: the recipe's own may change a shared one."""
+def files_of_system(option: str, system: str, directories: Sequence[Path]) -> list[str]:
+    """Return the configs of a system: the recipe's own may change a shared one.
+
+    Raises:
+        UserError: none of the directories has one.
+    """
     name = f"{system}.yaml"
-    files = [systems / name, Path("conf", "systems", name)]
-    files = [str(file) for file in files if file.is_file()]
+    files = [str(d / name) for d in directories if (d / name).is_file()]
     if not files:
-        known = {file.stem for file in systems.glob("*.yaml")}
-        known |= {file.stem for file in Path("conf", "systems").glob("*.yaml")}
+        known = {file.stem for d in directories for file in d.glob("*.yaml")}
         raise UserError(
-            f"--{option} {system}: there is no {name} in {systems} or conf/systems; "
+            f"--{option} {system}: there is no {name} in "
+            f"{' or '.join(map(str, directories))}; "
             f"choose one of {', '.join(sorted(known))}"
         )
     return files

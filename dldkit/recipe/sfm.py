@@ -26,14 +26,16 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
             "distillation needs transformers: run tools/install.sh, or pip install "
             "'dldkit[sfm]'"
         )
-    from transformers import HubertConfig
-
     settings = check_common(options)
     config = training_config(options, "sfm", systems)
     layers = OmegaConf.select(config, "student_conf.num_hidden_layers")
+    if layers is None:
+        from transformers import HubertConfig  # which takes seconds
+
+        layers = HubertConfig().num_hidden_layers
     exits = depths_of_exits(
         OmegaConf.select(config, "model_conf.exits") or (),
-        layers or HubertConfig().num_hidden_layers,
+        layers,
         OmegaConf.select(config, "model_conf.layer_choice") or "random",
     )
     depths = depths_to_run(options, "export_depths", layers)

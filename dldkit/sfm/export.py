@@ -11,6 +11,7 @@ import torch
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from dldkit.asr.loading import check_weights, read_checkpoint
+from dldkit.depth.layers import why_untrained
 from dldkit.depth.selector import select_layers
 from dldkit.errors import UserError
 
@@ -65,14 +66,8 @@ def export(
     slots = select_layers(
         student.config.num_hidden_layers, depth, layers, selector or model.selector
     )
-    number, drawn = student.config.num_hidden_layers, student.encoder.layers.sampler
-    trained = {*model.exits, number}
-    trained |= {d for d, w in drawn.weight_of_each_depth(number).items() if w}
-    if model.exits and len(slots) not in trained:
-        logging.warning(
-            f"depth {len(slots)} was not trained: it has no exit, and depth_sampler "
-            f"never draws it; choose one of {sorted(trained)}"
-        )
+    if why := why_untrained(student.encoder.layers, len(slots), model.exits):
+        logging.warning(why)
     export_student(student, model.normalize, slots, output_dir, model.sampling_rate)
     return slots
 

@@ -24,18 +24,20 @@ def total_steps(
     Raises:
         UserError: nobody knows.
     """
-    if given is None and steps_per_epoch is None:
+    if given:
+        return given
+    if steps_per_epoch is None:
         raise UserError(
             "the length of an epoch is not known in advance: choose trainer: stacking, "
             "and set its trainer_conf total_steps to the optimiser steps of the whole "
             "training"
         )
-    if given is None and not steps_per_epoch:
+    if not steps_per_epoch:
         raise UserError(
             "an epoch has fewer batches than accum_grad gathers, so that there is no "
             "optimiser step: lower accum_grad"
         )
-    return given or steps_per_epoch * max_epoch
+    return steps_per_epoch * max_epoch
 
 
 def steps_per_epoch(factory: AbsIterFactory, accum_grad: int) -> Optional[int]:
