@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Optional, Sequence, Union
@@ -44,7 +45,7 @@ def export(
 
     Raises:
         UserError: for a checkpoint that does not fit its config, an impossible depth,
-            or an `output_dir` that holds something else.
+            layers that had not grown yet, or an `output_dir` that holds something else.
     """
     from dldkit.tasks.sfm import SFMDistillTask
 
@@ -68,8 +69,30 @@ def export(
     )
     if why := why_untrained(student.encoder.layers, len(slots), model.exits):
         logging.warning(why)
+    grown = _layers_so_far(Path(model_file))
+    if grown is not None and max(slots) >= grown:
+        raise UserError(
+            f"{model_file}: the student had grown to {grown} layers then, and the "
+            f"others are as they were drawn: export it with --depth {grown} "
+            "--selector prefix, or export a later checkpoint"
+        )
     export_student(student, model.normalize, slots, output_dir, model.sampling_rate)
     return slots
+
+
+def _layers_so_far(model_file: Path) -> Optional[int]:
+    """Return how deep a growing student was at the end of an epoch, if that is known.
+
+    Best and averaged models are of the full depth (`FullDepthReporter`).
+    """
+    model_file = model_file.resolve()  # latest.pth is a link to the epoch's
+    resume = model_file.with_name("checkpoint.pth")
+    epoch = re.fullmatch(r"(\d+)epoch\.pth", model_file.name)
+    if not epoch or not resume.is_file():
+        return None
+    states = torch.load(resume, map_location="cpu", weights_only=True)
+    stats = states["reporter"]["stats"].get(int(epoch[1]), {}).get("valid", {})
+    return round(float(stats["depth"])) if "stage" in stats else None
 
 
 def export_student(

@@ -1,5 +1,6 @@
 """Distillation of a speech foundation model into a student of variable depth."""
 
+import logging
 from typing import Any, Mapping, Optional, Sequence, Union
 
 import torch
@@ -307,11 +308,12 @@ class SFMDistillModel(AbsESPnetModel):
             self._teacher = open_teacher(
                 self.teacher_path, self.loss.teacher_layers, device
             )
-            loaded = self._loaded
-            if self.layer_init and self.student.encoder.layers not in loaded:
+            if self.layer_init and not self._is_loaded(
+                self.student.encoder.layers, f"layer_init: {self.layer_init}"
+            ):
                 self._copy_layers()
-            if self.cnn_init == "teacher" and (
-                self.student.feature_extractor not in loaded
+            if self.cnn_init == "teacher" and not self._is_loaded(
+                self.student.feature_extractor, "cnn_init: teacher"
             ):
                 self._copy_cnn()
             self._shares_cnn = self.freeze_cnn and self._has_the_teachers_cnn()
@@ -323,6 +325,14 @@ class SFMDistillModel(AbsESPnetModel):
     def _remember_loading(self, part: torch.nn.Module, _: Any) -> None:
         """Know what was resumed or initialised: it is not the teacher's turn."""
         self._loaded.add(part)
+
+    def _is_loaded(self, part: torch.nn.Module, option: str) -> bool:
+        if part in self._loaded:
+            logging.info(
+                f"{option} is not done, because weights were loaded (init_param, or a "
+                "training that is resumed)"
+            )
+        return part in self._loaded
 
     def _copy_layers(self) -> None:
         path = self.teacher_path

@@ -16,6 +16,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from dldkit.bin import sfm_teacher_loss
 from dldkit.bin.sfm_distill_train import main
 from dldkit.depth.layers import GatedModuleList, optimizer_steps
+from dldkit.errors import UserError
 from dldkit.sfm.batches import LengthBuckets
 from dldkit.sfm.export import export
 from dldkit.sfm.model import SFMDistillModel
@@ -334,6 +335,16 @@ def test_carriers_follow_the_growth_that_the_config_says(training, tmp_path, tra
     assert SFMDistillTask.build_model(args).student_layers == (found or {})
 
 
+def test_exports_no_layers_that_had_not_grown_yet(trained, training, tmp_path):
+    """A training that stopped after an epoch, when two of four layers ran."""
+    main(training(tmp_path / "exp", max_epoch=1))
+    latest, hf = tmp_path / "exp" / "latest.pth", tmp_path / "hf"
+    with pytest.raises(UserError, match="latest.pth: the student had grown to 2 layer"):
+        export(latest, hf)
+    assert export(latest, hf, depth=2, selector="prefix") == (0, 1)
+    assert export(trained / "latest.pth", hf) == (0, 1, 2, 3)
+
+
 def test_the_first_stage_begins_with_layers_of_the_teacher(training, teacher, tmp_path):
     """Nothing is learnt here, so that at the end each copy is still a teacher layer."""
     main(
@@ -385,11 +396,13 @@ def test_a_run_can_be_repeated(trained, training, tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_a_resumed_run_is_the_unbroken_one(trained, training, tmp_path, epochs):
+def test_a_resumed_run_is_the_unbroken_one(trained, training, tmp_path, caplog, epochs):
     """Stopped before the student grew, and after; its CNN learns."""
     main(training(tmp_path / "exp", max_epoch=epochs))
     assert not (tmp_path / "exp" / "3epoch.pth").exists()
-    main(training(tmp_path / "exp"))
+    with caplog.at_level("INFO"):
+        main(training(tmp_path / "exp"))
+    assert "cnn_init: teacher is not done, because weights were loaded" in caplog.text
     assert_same_runs(trained, tmp_path / "exp")
 
 
@@ -944,6 +957,39 @@ class TestShar:
         changes = dict(self.CHANGES, model_conf=dict(teacher=str(teacher)))
         last = error_of(streamed(shar, training(tmp_path / "exp", **changes)), capsys)
         assert "utterance a has 8000 Hz, but the teacher takes 16000 Hz" in last
+
+
+def test_the_loss_of_another_teacher_is_the_distance_of_both(
+    training, corpus, teacher, tmp_path
+):
+    """By hand, of what transformers gives for each utterance alone."""
+    other = save_teacher(tmp_path / "other", intermediate_size=24)
+    crop = dict(max_seconds=9, fs=RATE, crop=False)
+    conf = dict(teacher=str(teacher), cnn_init=None, teacher_layers=[3, 6])
+    exp = tmp_path / "exp"
+    main(training(exp, model_conf=conf, max_epoch=1, collate_fn_conf=crop))
+    found = teacher_loss(str(exp / "config.yaml"), str(other))
+    models = [HubertModel.from_pretrained(path).eval() for path in (teacher, other)]
+    squares = {layer: [] for layer in (3, 6)}
+    for line in (corpus.dev / "wav.scp").read_text().splitlines():
+        speech = torch.from_numpy(soundfile.read(line.split()[1], dtype="float32")[0])
+        speech = (speech - speech.mean()) / (speech.var(correction=0) + 1e-7).sqrt()
+        with torch.no_grad():
+            a, b = (m(speech[None], output_hidden_states=True) for m in models)
+        for layer in squares:
+            difference = a.hidden_states[layer] - b.hidden_states[layer]
+            squares[layer].append(difference.square().mean(-1).flatten())
+    third, sixth = (float(torch.cat(values).mean()) for values in squares.values())
+    assert sixth > 1e-2
+    assert found == pytest.approx(
+        dict(
+            loss=sixth + 0.5 * (third + sixth) / 2,
+            loss_output=sixth,
+            loss_layer3=third,
+            loss_layer6=sixth,
+        ),
+        rel=1e-4,
+    )
 
 
 @pytest.mark.parametrize(
