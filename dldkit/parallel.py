@@ -3,6 +3,7 @@
 import logging
 import operator
 import pickle
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -74,6 +75,25 @@ def parallel_map(
                 f"({error.task}); the usual cause is memory, so try fewer"
             )
     return results
+
+
+def refuse_missing_gpu(ngpu: int, parallel_config: str | None = None) -> None:
+    """Refuse a GPU that is not where it is needed.
+
+    Args:
+        parallel_config: where the work is done; None = here. Elsewhere, the jobs have
+            to ask: whoever submits them, from a login node, may have none.
+
+    Raises:
+        UserError: there is none.
+    """
+    import torch  # takes seconds, which most commands here need not wait for
+
+    if ngpu and not parallel_config and not torch.cuda.is_available():
+        raise UserError(
+            f"ngpu {int(ngpu)}: no GPU can be used on {socket.gethostname()}: set it "
+            "to 0, or let the jobs of --parallel_config ask for one (docs/cluster.md)"
+        )
 
 
 def _read_config(path: str) -> dict:

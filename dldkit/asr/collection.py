@@ -18,8 +18,8 @@ from dldkit.data.frames import (
     collect,
     model_digest,
     parts_of,
-    refuse_missing_gpu,
 )
+from dldkit.parallel import refuse_missing_gpu
 from dldkit.step import Step
 
 

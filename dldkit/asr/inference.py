@@ -29,11 +29,11 @@ from dldkit.asr.hf_encoder import TooLongUttError
 from dldkit.asr.loading import check_weights, encoder_states, read_checkpoint
 from dldkit.asr.speech import refuse_missing_speech
 from dldkit.asr.stopping import BestPath, best_paths, stopping, usable_exits
-from dldkit.data.frames import refuse_missing_gpu
 from dldkit.depth.profile import find_profile, fingerprint
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 from dldkit.options import layer_list, positive, threshold
+from dldkit.parallel import refuse_missing_gpu
 from dldkit.patches import patched
 
 dldkit.register()

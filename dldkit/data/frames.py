@@ -8,7 +8,6 @@ ESPnet's own `kaldi_ark` has neither float16 nor three dimensions.
 import argparse
 import hashlib
 import logging
-import socket
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,23 +149,6 @@ def collected_from(directory: Path, name: str) -> Path:
     """Return the file that says from which model and data `name`.scp was collected."""
     done = directory / ".done"  # of the step that collected it
     return done if done.is_file() else directory / f"{name}.scp"
-
-
-def refuse_missing_gpu(ngpu: int, parallel_config: Optional[str] = None) -> None:
-    """Refuse a GPU that is not where it is needed.
-
-    Args:
-        parallel_config: where the work is done; None = here. Elsewhere, the jobs have
-            to ask: whoever submits them, from a login node, may have none.
-
-    Raises:
-        UserError: there is none.
-    """
-    if ngpu and not parallel_config and not torch.cuda.is_available():
-        raise UserError(
-            f"ngpu {int(ngpu)}: no GPU can be used on {socket.gethostname()}: set it "
-            "to 0, or let the jobs of --parallel_config ask for one (docs/cluster.md)"
-        )
 
 
 def read_in_training(

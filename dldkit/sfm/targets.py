@@ -19,9 +19,9 @@ from dldkit.data.frames import (
     collect,
     model_digest,
     parts_of,
-    refuse_missing_gpu,
 )
 from dldkit.errors import UserError
+from dldkit.parallel import refuse_missing_gpu
 from dldkit.sfm.data import FEATURES, FRAME, SHORTEST, TARGETS
 from dldkit.sfm.int8 import pack
 from dldkit.sfm.options import usual_layers
