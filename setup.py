@@ -26,8 +26,9 @@ setup(
         "matplotlib",
         "tensorboard",
         "tqdm",
-        "omegaconf",  # these three come with espnet and dask, too
+        "omegaconf",  # these four come with espnet and dask, too
         "humanfriendly",
+        "typeguard",
         "cloudpickle",
     ],
     extras_require={

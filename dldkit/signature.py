@@ -1,6 +1,14 @@
-"""Constructor signatures that ESPnet's `--print_config` can read."""
+"""Constructors: options that ESPnet's `--print_config` can read, and their types."""
 
+import functools
 import inspect
+import math
+import typing
+from collections.abc import Callable
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from dldkit.errors import UserError
 
 
 def merged_signature(cls: type) -> inspect.Signature:
@@ -24,3 +32,39 @@ def merged_signature(cls: type) -> inspect.Signature:
     return inspect.Signature(
         [p.replace(kind=p.KEYWORD_ONLY) for p in required + optional]
     )
+
+
+def checked_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor refuse options whose values are not of the annotated type.
+
+    In a config file, 1e-3 is text to YAML, and so is "no", which counts as true.
+    Options that are forwarded through `**kwargs` are not looked at.
+    """
+    hints = typing.get_type_hints(init)
+
+    @functools.wraps(init)
+    def checked(self, *args, **options) -> None:
+        for name in options:
+            if name in hints:
+                _refuse_other_type(name, options[name], hints[name])
+        init(self, *args, **options)
+
+    return checked
+
+
+def _refuse_other_type(name: str, value: object, hint: typing.Any) -> None:
+    is_other = isinstance(value, float) and not math.isfinite(value)
+    if isinstance(value, bool):  # which is a number to Python
+        is_other = bool not in (hint, *typing.get_args(hint))
+    with_all = CollectionCheckStrategy.ALL_ITEMS
+    try:
+        check_type(value, hint, collection_check_strategy=with_all)
+    except TypeCheckError:
+        is_other = True
+    if is_other:
+        kind = hint.__name__ if isinstance(hint, type) else str(hint)
+        kind = kind.replace("typing.", "").replace("collections.abc.", "")
+        raise UserError(
+            f"{name}: {value!r} is no {kind}. (YAML takes 1e-3 for text: write 1.0e-3; "
+            "and what is in quotes)"
+        )

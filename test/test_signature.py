@@ -1,8 +1,12 @@
 import inspect
+import re
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import pytest
 
-from dldkit.signature import merged_signature
+from dldkit.errors import UserError
+from dldkit.signature import checked_options, merged_signature
 
 
 class Grandparent:
@@ -49,3 +53,57 @@ def test_is_a_signature_that_binds():
         signature.bind(depth=2)
     with pytest.raises(TypeError):
         signature.bind(size=1, dept=2)
+
+
+class Checked:
+    @checked_options
+    def __init__(
+        self,
+        *args,
+        weight: float = 1.0,
+        depths: Union[int, Sequence[int]] = (),
+        number: Optional[int] = None,
+        shared: bool = True,
+        **kwargs,
+    ):
+        self.options = dict(kwargs, weight=weight, depths=depths, number=number)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(weight=2, depths=3, number=None, shared=False),
+        dict(weight=0.5, depths=[1, 2], number=3),
+        dict(depths=(), unknown="anything"),
+    ],
+)
+def test_options_of_the_right_type_arrive(options):
+    assert (
+        Checked(**options).options.items()
+        >= {key: value for key, value in options.items() if key != "shared"}.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "name, value, kind",
+    [
+        ("weight", "5e-1", "float"),
+        ("weight", float("nan"), "float"),
+        ("weight", True, "float"),
+        ("depths", 2.5, "Union[int, Sequence[int]]"),
+        ("depths", [1, "a"], "Union[int, Sequence[int]]"),
+        ("depths", "12", "Union[int, Sequence[int]]"),
+        ("number", 1.5, "Optional[int]"),
+        ("number", True, "Optional[int]"),
+        ("shared", "no", "bool"),
+    ],
+)
+def test_others_are_refused_by_name(name, value, kind):
+    with pytest.raises(UserError, match=re.escape(f"{name}: {value!r} is no {kind}. ")):
+        Checked(**{name: value})
+
+
+def test_a_checked_constructor_shows_its_options():
+    assert {"weight", "depths", "number", "shared"} == set(
+        merged_signature(Checked).parameters
+    )

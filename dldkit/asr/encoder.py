@@ -15,7 +15,7 @@ from dldkit.depth.layers import DynamicDepth, GatedLayers
 from dldkit.depth.sampler import build_sampler
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
-from dldkit.signature import merged_signature
+from dldkit.signature import checked_options, merged_signature
 
 
 class _AllLeft(Exception):
@@ -165,6 +165,7 @@ class LayerDropEncoder(ExitingEncoder):
 
     interctc_selector = "prefix"  # ESPnet's intermediate CTC is early exit as well
 
+    @checked_options
     def __init__(
         self,
         *args,
@@ -172,7 +173,7 @@ class LayerDropEncoder(ExitingEncoder):
         keep_prob: float = 0.5,
         min_depth: int = 1,
         layer_choice: str = "random",
-        exits: Union[int, Sequence[int]] = (),
+        exits: Union[int, Sequence[int], None] = (),
         keep_final_norm: bool = False,
         **kwargs,
     ):

@@ -29,10 +29,11 @@ class ExitWeights:
             raise UserError(
                 f"unknown exit_weights {weights!r}: choose equal, rising or a list"
             )
-        if len(weights) != len(exits) + 1 or not all(w >= 0 for w in weights):
+        fits = len(weights) == len(exits) + 1 and all(w >= 0 for w in weights)
+        if not fits or not any(weights):
             raise UserError(
                 f"exit_weights {list(weights)}: write one from 0 for each of the exits "
-                f"{list(exits)}, and one for the deepest output"
+                f"{list(exits)}, and one for the deepest output, not all 0"
             )
 
     def __call__(self, depths: Sequence[int]) -> torch.Tensor:

@@ -28,7 +28,13 @@ import dldkit
 from dldkit.asr.hf_encoder import TooLongUttError
 from dldkit.asr.loading import check_weights, encoder_states, read_checkpoint
 from dldkit.asr.speech import refuse_missing_speech
-from dldkit.asr.stopping import BestPath, best_paths, stopping, usable_exits
+from dldkit.asr.stopping import (
+    BestPath,
+    best_paths,
+    refuse_impossible_threshold,
+    stopping,
+    usable_exits,
+)
 from dldkit.depth.profile import find_profile, fingerprint
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
@@ -70,8 +76,8 @@ class Speech2Text(espnet_inference.Speech2Text):
             the depth at the latest; None = at the depth.
 
     Raises:
-        UserError: for an impossible depth, a checkpoint that does not fit, or an
-            exit_threshold for a model without exits or a beam search.
+        UserError: for an impossible depth or exit_threshold, a checkpoint that does
+            not fit, or an exit_threshold for a model without exits or a beam search.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class Speech2Text(espnet_inference.Speech2Text):
         self.exit_threshold = exit_threshold
         if exit_threshold is not None:
             self._refuse_beam_search()
+            refuse_impossible_threshold(exit_threshold)
             usable_exits(self.asr_model.encoder)
 
     @classmethod
@@ -229,6 +236,7 @@ class Speech2Text(espnet_inference.Speech2Text):
     ) -> list[BestPath]:
         model = self.asr_model
         if exit_threshold is not None:
+            refuse_impossible_threshold(exit_threshold)
             exits = usable_exits(model.encoder)
             with stopping(model, exits, exit_threshold) as found:
                 model.encode(**batch)

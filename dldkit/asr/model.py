@@ -18,7 +18,7 @@ from dldkit.asr.reference import Reference, open_reference
 from dldkit.depth.statistics import running_statistics_kept
 from dldkit.errors import UserError
 from dldkit.random_state import repeated_draws
-from dldkit.signature import merged_signature
+from dldkit.signature import checked_options, merged_signature
 
 SELF = "self"  # the reference of a model that is its own
 
@@ -81,6 +81,7 @@ class DLDModel(ESPnetASRModel):
         UserError: when the options can not work together.
     """
 
+    @checked_options
     def __init__(
         self,
         *args,
@@ -211,6 +212,8 @@ class DLDModel(ESPnetASRModel):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return the loss, its parts, and the batch size.
 
+        Of several forwards in a step, `depth` is the mean, and `layers_run` the sum.
+
         Args:
             speech: (Batch, Samples) or (Batch, Time, Dim).
             speech_lengths: (Batch,).
@@ -245,6 +248,8 @@ class DLDModel(ESPnetASRModel):
         losses, all_stats, weights = zip(*results)
         loss = sum(losses) / len(losses)
         stats = {**all_stats[0], "loss": loss.detach()}
+        if "depth" in stats:
+            stats["layers_run"] = sum(s["depth"] for s in all_stats)
         for name in {"depth", "loss_kd"} & stats.keys():
             stats[name] = sum(s[name] for s in all_stats) / len(all_stats)
         if not self.training:

@@ -69,6 +69,16 @@ def entropy(log_probs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return total / lengths.clamp(min=1) / np.log(log_probs.size(-1))
 
 
+def refuse_impossible_threshold(threshold: float) -> None:
+    """Refuse what no entropy can be compared with.
+
+    Raises:
+        UserError: saying what can be written.
+    """
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise UserError(f"exit_threshold {threshold!r}: write a number from 0 to 1")
+
+
 def usable_exits(encoder: torch.nn.Module) -> list[int]:
     """Return the exits that a forward at the layers that run now passes.
 

@@ -30,8 +30,9 @@ from dldkit.step import atomic
 LEGEND = (
     "Word error rate in %, mean ± standard deviation over the seeds. Differences have "
     "95 % intervals, from a paired bootstrap over seeds and utterances "
-    f"({SAMPLES} samples); those that leave out zero are bold, and a negative one is "
-    "in favour of the system that heads the table. `static` is the model trained at "
+    f"({SAMPLES} samples); those that leave out zero are bold, unless they are of one "
+    "seed, whose interval knows of utterances alone. A negative one is in favour of "
+    "the system that heads the table. `static` is the model trained at "
     "that depth, or a smaller one where that is better; models that lack a seed are "
     "left out where another one has all. Arithmetic: of the forwards in training, the "
     "deepest static model's being 1. The last column adds the training of the "

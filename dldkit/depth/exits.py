@@ -7,23 +7,25 @@ from dldkit.errors import UserError
 
 
 def depths_of_exits(
-    exits: Union[int, Sequence[int]], num_layers: int, layer_choice: str
+    exits: Union[int, Sequence[int], None], num_layers: int, layer_choice: str
 ) -> list[int]:
     """Return the depths of the exits below the last layer, in order.
 
     Args:
-        exits: the depths; a number stands for every so many layers.
+        exits: the depths; a number stands for every so many layers; None = no exit.
         layer_choice: which layers a drawn depth means, see `DepthSampler`.
 
     Raises:
         UserError: for an exit that does not exist, or exits that mean no depth.
     """
+    if exits is None:
+        return []
     if isinstance(exits, int):
         if exits < 1:
             raise UserError(f"exits: {exits}: write a number above 0, or depths")
         exits = range(exits, num_layers, exits)
     for depth in exits:
-        if not isinstance(depth, int) or not 1 <= depth < num_layers:
+        if not 1 <= depth < num_layers:
             raise UserError(
                 f"exits {list(exits)}: {depth!r} is no depth below the {num_layers} "
                 "layers that there are"

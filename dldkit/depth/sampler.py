@@ -176,7 +176,7 @@ class ExitSampler(DepthSampler):
 
     def __init__(
         self,
-        exits: Union[int, Sequence[int]],
+        exits: Union[int, Sequence[int], None],
         min_depth: int = 1,
         layer_choice: str = "prefix",
     ):
@@ -200,7 +200,7 @@ def build_sampler(
     keep_prob: float = 0.5,
     min_depth: int = 1,
     layer_choice: str = "random",
-    exits: Union[int, Sequence[int]] = (),
+    exits: Union[int, Sequence[int], None] = (),
 ) -> DepthSampler:
     """Build the sampler that a config names, or whose weights it gives by depth.
 

@@ -32,7 +32,7 @@ class Run:
     Attributes:
         system: its name in the comparison.
         macs: multiply-accumulates per second of audio, by the number of layers.
-        depth: mean number of layers over all training steps.
+        depth: mean number of layers that the forwards of a training step run.
         words: of each utterance, by test set.
         errors: of each utterance, by test set and depth.
         conf: options of encoder and model that it was trained with.
@@ -132,7 +132,7 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
         seed=seed,
         epochs=len(epochs),
         steps=int(epochs[-1]["total_count"]),
-        depth=float(np.mean([float(e.get("depth", layers)) for e in epochs])),
+        depth=float(np.mean([float(e.get("layers_run", layers)) for e in epochs])),
         macs=found,
         words=words,
         errors=errors,
@@ -325,12 +325,15 @@ class Comparison:
         for system, at in ((ours, depth), (other, other_depth)):
             if str(at) not in self._errors(system, test_set):
                 return ""
-        if not self._seeds(ours) & self._seeds(other):
+        seeds = self._seeds(ours) & self._seeds(other)
+        if not seeds:
             return "no common seed"
         found = difference(
             self.runs[ours], self.runs[other], test_set, depth, other_depth
         )
         text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
+        if len(seeds) == 1:  # of the spread between seeds, the interval knows nothing
+            return f"{text}, one seed"
         return f"**{text}**" if found[1] > 0 or found[2] < 0 else text
 
 

@@ -23,6 +23,7 @@ from dldkit.sfm.wave import (
     normalize_speech,
     states_of_depth,
 )
+from dldkit.signature import checked_options
 
 CARRIED_BY = ("position", "copies", "last")
 
@@ -81,6 +82,7 @@ class SFMDistillModel(AbsESPnetModel):
     # collect_stats needs the lengths of the speech, nothing else
     extract_feats_in_collect_stats = False
 
+    @checked_options
     def __init__(
         self,
         student_conf: dict[str, Any],
@@ -88,14 +90,14 @@ class SFMDistillModel(AbsESPnetModel):
         teacher_layers: Optional[Sequence[Union[int, Sequence[int]]]] = None,
         layer_weight: float = 0.5,
         loss: str = "mse",
-        student_layers: Optional[dict[int, Sequence[int]]] = None,
+        student_layers: Optional[dict[Union[int, str], Sequence[int]]] = None,
         cnn_init: Optional[str] = None,
         freeze_cnn: bool = False,
         depth_sampler: Union[str, Mapping[int, float]] = "full",
         keep_prob: float = 0.5,
         min_depth: int = 1,
         layer_choice: str = "random",
-        exits: Union[int, Sequence[int]] = (),
+        exits: Union[int, Sequence[int], None] = (),
         teacher_size: Optional[int] = None,
         normalize: Optional[bool] = None,
         target_norm: str = "none",
@@ -377,7 +379,7 @@ def _cnn(teacher: Teacher) -> Optional[torch.nn.Module]:
 
 
 def _checked(
-    student_layers: dict[int, Sequence[int]], num_teacher_layers: int
+    student_layers: dict[Union[int, str], Sequence[int]], num_teacher_layers: int
 ) -> dict[int, Sequence[int]]:
     for depth, layers in student_layers.items():
         fits = len(layers) == num_teacher_layers

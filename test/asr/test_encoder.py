@@ -184,6 +184,7 @@ class TestExits:
         options = dict(layer_choice="prefix")
         assert make_encoder("ld_conformer", exits=[3, 1], **options).exits == [1, 3]
         assert make_encoder("ld_conformer", exits=4, **options).exits == []
+        assert make_encoder("ld_conformer", exits=None, **options).exits == []
 
     @pytest.mark.parametrize(
         "options, message",
@@ -192,7 +193,7 @@ class TestExits:
             (dict(exits=2, layer_choice="even"), "layer_choice: even"),
             (dict(exits=[4], layer_choice="prefix"), "4 is no depth below the 4"),
             (dict(exits=[0], layer_choice="prefix"), "0 is no depth"),
-            (dict(exits=["a"], layer_choice="prefix"), "'a' is no depth"),
+            (dict(exits=["a"], layer_choice="prefix"), "exits: \\['a'\\] is no"),
             (dict(exits=0, layer_choice="prefix"), "above 0"),
             (
                 dict(exits=2, layer_choice="prefix", interctc_layer_idx=[2]),

@@ -398,6 +398,9 @@ class TestSandwich:
             with single.encoder.running(layers):
                 parts.append(single(**batch("a", "c"))[0].item())
         assert loss.item() == pytest.approx(np.mean(parts), rel=1e-4)
+        numbers = [len(layers) for layers in choices]
+        assert stats["depth"].item() == pytest.approx(np.mean(numbers))
+        assert stats["layers_run"].item() == sum(numbers)
 
     def test_statistics_are_those_of_the_full_depth(self, model_of, batch):
         options = {**NESTED, "layer_choice": "even"}
@@ -487,6 +490,9 @@ class TestRefusals:
             (dict(kd_blank="no"), "kd_blank 'no'"),
             (dict(exit_gradient=1.5), "exit_gradient 1.5: write a share from 0 to 1"),
             (dict(kd_weight=-1.0), "kd_weight -1.0 is impossible"),
+            (dict(kd_weight="1e-1"), "kd_weight: '1e-1' is no float"),
+            (dict(sandwich=True), "sandwich: True is no Optional"),
+            (dict(shared_head="no"), "shared_head: 'no' is no bool"),
             (dict(specaug_masks="own"), "own is for steps of several forwards"),
         ],
     )

@@ -1,3 +1,5 @@
+import math
+
 """Utterances that leave the encoder early, against the depths at which they left."""
 
 import logging
@@ -220,6 +222,13 @@ class TestRefusals:
             recogniser(encoder_conf=dict(exits=()), exit_threshold=0.1)
         with pytest.raises(UserError, match="exit_threshold needs a model with exits"):
             recogniser()(speech, exit_threshold=0.1)
+
+    @pytest.mark.parametrize("threshold", [5.0, -1.0, math.nan, "x"])
+    def test_what_no_entropy_can_be_below(self, recogniser, speech, threshold):
+        with pytest.raises(UserError, match="write a number from 0 to 1"):
+            recogniser(exit_threshold=threshold)
+        with pytest.raises(UserError, match="write a number from 0 to 1"):
+            recogniser(exit_threshold=0.5)(speech, exit_threshold=threshold)
 
     def test_a_beam_search(self, recogniser, speech):
         with pytest.raises(UserError, match="beam_size 1"):

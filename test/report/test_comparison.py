@@ -12,6 +12,7 @@ import yaml
 from dldkit.bin import compare
 from dldkit.errors import UserError
 from dldkit.report.comparison import (
+    Comparison,
     Run,
     difference,
     epochs_of_equal_cost,
@@ -147,11 +148,20 @@ class TestTables:
         assert rows["static, one model per depth", 4] == ["15.00", "10.00", ""]
         assert rows["ours", 4] == ["0.00", "12.50", "30.00"]
         # at depth 12, who has static6 would not ship static12
-        assert rows["static", 4][0] == "**-10.00 [-10.00, -10.00]** (static6)"
+        assert rows["static", 4][0] == "-10.00 [-10.00, -10.00], one seed (static6)"
         assert rows["static", 4][1].startswith("+2.50 [+0.00,")
         assert rows["static", 4][2] == ""  # there is no static model of 2 layers
-        assert rows["dld", 4][0] == "**-30.00 [-30.00, -30.00]**"
+        assert rows["dld", 4][0] == "-30.00 [-30.00, -30.00], one seed"
         assert rows["dld", 4][1].startswith("+0.00 [")
+
+    def test_are_bold_where_several_seeds_leave_out_zero(self):
+        worse = [run_of("dld", seed, errors={"12": [3, 3, 3, 3]}) for seed in (1, 2)]
+        level = [run_of("dld", seed, errors={"12": [0, 2, 0, 2]}) for seed in (1, 2)]
+        ours = [run_of("ours", seed, errors={"12": [1, 1, 1, 1]}) for seed in (1, 2)]
+        for theirs, cell in ((worse, r"\*\*-20.00 \["), (level, r"\+0.00 \[")):
+            runs = {"static12": [run_of("static12")], "dld": theirs, "ours": ours}
+            text = Comparison(runs).differences("ours", "test")
+            assert re.search(rf"dld +\| +{cell}", text), text
 
     def test_leave_out_models_that_lack_a_seed(self):
         """The best of models with one seed each would be best by chance."""
