@@ -28,7 +28,7 @@ from typing import Any, Callable, Optional, Sequence
 
 import torch
 import yaml
-from steps import times_in_turns, training_step
+from steps import times_in_turns, trace, training_step
 from tabulate import tabulate
 from transformers import HubertConfig, HubertModel
 
@@ -193,30 +193,6 @@ def table(
     head += [f"{full} (GFLOP)", "equal (GFLOP)", faster]
     align = ["left", *["right"] * (len(head) - 1)]
     return tabulate(rows, head, "github", colalign=align, disable_numparse=True)
-
-
-def trace(steps: dict[str, Callable[[], None]], count: int = 10) -> str:
-    """Return the table of the operations that take most of these steps' time."""
-    on_gpu = torch.cuda.is_available()
-    shares: dict[str, dict[str, float]] = {}
-    for name, step in steps.items():
-        with torch.profiler.profile() as profiler:
-            step()
-        times = {
-            event.key: (
-                event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            )
-            for event in profiler.key_averages()
-        }
-        total = sum(times.values())
-        shares[name] = {key: 100 * time / total for key, time in times.items()}
-    keys = {key for of in shares.values() for key in of}
-    ranked = sorted(keys, key=lambda k: -max(of.get(k, 0.0) for of in shares.values()))
-    rows = [
-        (key, *(f"{of.get(key, 0.0):.1f}" for of in shares.values()))
-        for key in ranked[:count]
-    ]
-    return tabulate(rows, ["operation", *(f"{name}, %" for name in shares)], "github")
 
 
 @report_user_errors

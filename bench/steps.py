@@ -1,10 +1,11 @@
-"""Training steps, and their times when many kinds of them take turns."""
+"""Training steps, their times when many kinds take turns, and what takes the time."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 import torch
+from tabulate import tabulate
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -40,3 +41,27 @@ def times_in_turns(
             step()
             times[key].append(clock() - begin)
     return {key: of_rounds[1:] for key, of_rounds in times.items()}
+
+
+def trace(steps: dict[str, Callable[[], None]], count: int = 10) -> str:
+    """Return the table of the operations that take most of these steps' time."""
+    on_gpu = torch.cuda.is_available()
+    shares: dict[str, dict[str, float]] = {}
+    for name, step in steps.items():
+        with torch.profiler.profile() as profiler:
+            step()
+        times = {
+            event.key: (
+                event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            )
+            for event in profiler.key_averages()
+        }
+        total = sum(times.values())
+        shares[name] = {key: 100 * time / total for key, time in times.items()}
+    keys = {key for of in shares.values() for key in of}
+    ranked = sorted(keys, key=lambda k: -max(of.get(k, 0.0) for of in shares.values()))
+    rows = [
+        (key, *(f"{of.get(key, 0.0):.1f}" for of in shares.values()))
+        for key in ranked[:count]
+    ]
+    return tabulate(rows, ["operation", *(f"{name}, %" for name in shares)], "github")

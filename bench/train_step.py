@@ -27,7 +27,7 @@ import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.utils.yaml_no_alias_safe_dump import yaml_no_alias_safe_dump
 from omegaconf import DictConfig, OmegaConf
-from steps import times_in_turns, training_step
+from steps import times_in_turns, trace, training_step
 from tabulate import tabulate
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -44,8 +44,8 @@ from dldkit.tasks.asr import DLDASRTask
 ROOT = Path(__file__).parents[1]
 RATE = 16000
 STATIC = "static"
-ALL = """early_exit dld_paper:cached dld:live dld:cached nested:live nested:cached
-anytime:live anytime:cached anytime:self"""
+ALL = """early_exit dld_paper:live dld_paper:cached dld:live dld:cached nested:live
+nested:cached anytime:live anytime:cached anytime:self"""
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -71,6 +71,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, default=5, help="after one that warms up")
     add("--num_threads", type=positive, default=1, help="on CPU")
     add("--device", default="cpu", help="cpu or cuda")
+    add("--trace", action="store_true", help="print which operations take the time")
     add("--output_json", help="file for the times by depth")
     return parser
 
@@ -162,6 +163,10 @@ class System:
         """Run a training step of a depth."""
         training_step(partial(self.loss, depth), self.optimizer)
 
+    def typical_step(self) -> None:
+        """Run a training step of a depth in the middle of those that are drawn."""
+        self.step(self.depths[len(self.depths) // 2])
+
     def arithmetic(self, depth: int) -> int:
         """Count the multiply-accumulates of a training step."""
         reference = 0
@@ -217,19 +222,20 @@ def build_systems(args: argparse.Namespace, directory: Path) -> dict[str, System
 
 def measure(systems: dict[str, System], rounds: int) -> dict[str, dict[str, Any]]:
     """Return what a step of each system costs."""
-    static = systems.pop(STATIC)
+    static = systems[STATIC]
+    others = {name: of for name, of in systems.items() if name != STATIC}
     full = static.full_depth
     full_step = partial(static.step, full)
     steps = {(STATIC, full): full_step}
-    for depth in sorted({d for system in systems.values() for d in system.depths}):
+    for depth in sorted({d for system in others.values() for d in system.depths}):
         steps[STATIC, depth] = full_step  # a full step beside those of each depth
-        for name, system in systems.items():
+        for name, system in others.items():
             if depth in system.depths:
                 steps[name, depth] = partial(system.step, depth)
     seconds = times_in_turns(steps, rounds)
     full_arithmetic = static.arithmetic(full)
     found = {}
-    for name, system in {STATIC: static, **systems}.items():
+    for name, system in systems.items():
         ratios = [
             statistics.median(
                 own / of_static
@@ -274,8 +280,11 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     args = get_parser().parse_args(cmd)
     torch.set_num_threads(args.num_threads)
     with tempfile.TemporaryDirectory() as directory:
-        found = measure(build_systems(args, Path(directory)), args.rounds)
-    print(table(found))
+        systems = build_systems(args, Path(directory))
+        found = measure(systems, args.rounds)
+        print(table(found))
+        if args.trace:
+            print(trace({name: of.typical_step for name, of in systems.items()}))
     if args.output_json:
         Path(args.output_json).write_text(json.dumps(found, indent=2) + "\n")
 

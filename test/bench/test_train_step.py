@@ -1,6 +1,7 @@
 """The bench of training steps, at a size where it takes seconds."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def measured(corpus, python, tmp_path_factory):
     )
     command = [SCRIPT, "--config", config, "--systems", SYSTEMS]
     small = "--batch_size 2 --seconds 1 --text_length 3 --vocab_size 8 --rounds 1"
-    process = python(*command, *small.split(), "--output_json", ratios)
+    process = python(*command, *small.split(), "--trace", "--output_json", ratios)
     return json.loads(ratios.read_text()), process.stdout
 
 
@@ -55,6 +56,9 @@ def test_arithmetic_is_that_of_what_runs(measured):
 
 def test_table_has_each_system(measured):
     found, printed = measured
+    printed, of_operations = printed.split("| operation")
+    assert "anytime:self, %" in of_operations
+    assert re.search(r"\| aten::\w+ +\| +\d+\.\d", of_operations)
     assert all(len(of["times"]) == len(of["depths"]) for of in found.values())
     assert all(of["kept_bytes"] > 0 for of in found.values())
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
