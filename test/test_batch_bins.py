@@ -60,10 +60,23 @@ def test_wavlms_batches_hold_what_their_config_says(audio):
     assert audio(bins, 256) == pytest.approx(200, rel=0.05)
 
 
-@pytest.mark.parametrize("recipe", ["librispeech_100", "librispeech", "tedlium3"])
-def test_other_gpus_keep_what_an_update_learns_from(recipe):
-    own = config(recipe)
-    (row,) = re.findall(rf"^\| {recipe} \| .*batch_bins.*$", TABLE, re.M)
+@pytest.mark.parametrize(
+    "named, recipe, config_name",
+    [
+        ("librispeech_100", "librispeech_100", "train_asr"),
+        (
+            "librispeech_100, E-Branchformer .*",
+            "librispeech_100",
+            "train_asr_e_branchformer",
+        ),
+        ("librispeech_100, WavLM", "librispeech_100", "train_asr_wavlm"),
+        ("librispeech", "librispeech", "train_asr"),
+        ("tedlium3", "tedlium3", "train_asr"),
+    ],
+)
+def test_other_gpus_keep_what_an_update_learns_from(named, recipe, config_name):
+    own = config(recipe, config_name)
+    (row,) = re.findall(rf"^\| {named} \| .*batch_bins.*$", TABLE, re.M)
     options = re.findall(r"--batch_bins (\d+) --accum_grad (\d+)", row)
     assert options
     for bins, accumulated in options:

@@ -66,16 +66,12 @@ def test_a_row_is_true_of_its_recipe(row):
         assert score in readme
 
 
-CONFIGS = sorted(
-    path
-    for name in "aishell an4 commonvoice librispeech librispeech_100 tedlium3".split()
-    for path in (EGS / name / "asr1" / "conf").glob("train_asr*.yaml")
-)
+CONFIGS = sorted(EGS.glob("*/*/conf/train_*.yaml"))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.parts[-4])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: "/".join(path.parts[-4:]))
 def test_a_config_begins_with_hardware_hours_and_error_rate(config):
     comment = re.match(r"((?:# .*\n)+)", config.read_text())[1].lower()
     assert "hardware" in comment and "hours" in comment
     assert "wer" in comment or "cer" in comment
-    assert "not measured yet" in comment
+    assert "not measured" in comment

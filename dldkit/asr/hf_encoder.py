@@ -14,10 +14,10 @@ from dldkit.asr.encoder import ExitingEncoder
 from dldkit.depth.layers import optimizer_steps
 from dldkit.depth.sampler import build_sampler
 from dldkit.errors import UserError
+from dldkit.hf_options import check_values
 from dldkit.options import sampling_rate
 
 RATE = 16000
-LAYER_WEIGHTS = ("last", "weighted_sum")
 
 
 class TooLongUttError(UserError, TooShortUttError):
@@ -98,17 +98,17 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
                 f"encoder: ld_hf takes waveforms, not {input_size} features: set "
                 "input_size: 1, which leaves the frontend out"
             )
-        if layer_weights not in LAYER_WEIGHTS:
-            raise UserError(
-                f"unknown layer_weights {layer_weights!r}: choose one of "
-                f"{', '.join(LAYER_WEIGHTS)}"
-            )
-        if freeze_steps < 0:
-            raise UserError(f"freeze_steps {freeze_steps}: write a number from 0")
-        if mask_time_prob is not None and not apply_spec_augment:
-            raise UserError(
-                f"mask_time_prob {mask_time_prob} without apply_spec_augment: true"
-            )
+        check_values(
+            freeze_cnn=freeze_cnn,
+            freeze_steps=freeze_steps,
+            layer_weights=layer_weights,
+            gradient_checkpointing=gradient_checkpointing,
+            apply_spec_augment=apply_spec_augment,
+            mask_time_prob=mask_time_prob,
+            whisper_pad=whisper_pad,
+            num_blocks=num_blocks,
+            normalize=normalize,
+        )
         self.is_pretrained = hf_config is None
         if self.is_pretrained:
             hf_config, expected = families.describe(model)

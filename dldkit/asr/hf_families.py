@@ -404,7 +404,7 @@ def read_config(
     config.add_adapter = False  # it would follow the output and lower its rate
     key = family_of(config).layers_key
     available = getattr(config, key)
-    if num_blocks is not None and not 1 <= num_blocks <= available:
+    if num_blocks is not None and num_blocks > available:
         raise UserError(
             f"encoder_conf num_blocks {num_blocks}: the model has {available} layers; "
             f"choose 1 to {available}, or null for all"

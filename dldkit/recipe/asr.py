@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dldkit.config_files import merge_files
 from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
+from dldkit.hf_options import check_values
 from dldkit.options import exit_thresholds, sampling_rate
 from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
@@ -53,7 +54,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         settings["start_name"] = name_of(options["start_from"])
         settings["token_type"] = start["token_type"]
         config = training_config(options, "asr", systems, start)
-    refuse_unknown_options(config)
+    _check_encoder(options, config)
     settings["needs_reference"] = str(is_open(config, "model_conf.reference")).lower()
     system = training_config({**options, "asr_args": ""}, "asr", systems)
     # what --asr_args give has no place in the system's config any more
@@ -140,7 +141,7 @@ def _reference(
         )
     is_trained = is_open(student, "model_conf.reference") and not options["reference"]
     if is_trained:
-        refuse_unknown_options(config)
+        _check_encoder(options, config)
     if is_open(student, "init_param"):
         fits = is_trained and _weights(config) == _weights(student)
         settings["begins_with"] = "reference" if fits else "random"
@@ -230,6 +231,25 @@ def _num_layers(config: DictConfig) -> Any:
         return None
     model = json.loads(file.read_text(encoding="utf-8"))
     return model.get("encoder_layers", model.get("num_hidden_layers"))
+
+
+def _check_encoder(options: Mapping[str, str], config: DictConfig) -> None:
+    """Refuse an encoder_conf that the encoder can not be built with."""
+    refuse_unknown_options(config)
+    if config.get("encoder") != "ld_hf":
+        return
+    values = OmegaConf.to_container(config).get("encoder_conf") or {}
+    check_values(**values)
+    is_trained = options["skip_train"] == "true" or int(options["stage"]) > 11
+    if values.get("hf_config") or is_trained:
+        return  # the model has been read before, and need not be there any more
+    model = str(values.get("model"))
+    is_path = model.startswith(("/", "./", "../"))
+    if is_path and not Path(model, "config.json").is_file():
+        raise UserError(
+            f"encoder_conf model: {model} has no config.json: name the directory of a "
+            "Hugging Face model, or a model on the Hub"
+        )
 
 
 def _check_waveforms(options: Mapping[str, str], config: DictConfig) -> None:

@@ -2,10 +2,12 @@
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Union
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dldkit.errors import UserError
@@ -30,6 +32,12 @@ def load_pretrained(
         model, loading = cls.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **options
         )
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise UserError(
+            f"the {role} {path} can not be loaded: its weights can not be read. The "
+            "file may be truncated, or a pointer of Git LFS: download it again, or run "
+            "`git lfs pull` there"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"the {role} {path} can not be loaded: {error}") from error
     missing = sorted(set(loading["missing_keys"]) - {"masked_spec_embed"})

@@ -77,6 +77,7 @@ FIVE = ["wavlm", "hubert", "wav2vec2", "data2vec", "whisper"]
 NO_DROPOUT = dict.fromkeys(
     "hidden_dropout attention_dropout activation_dropout feat_proj_dropout".split(), 0.0
 )
+MASKED = dict(apply_spec_augment=True)
 
 
 @pytest.fixture
@@ -727,8 +728,21 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "options, message",
         [
-            (dict(layer_weights="first"), "unknown layer_weights 'first'"),
-            (dict(freeze_steps=-1), "freeze_steps -1"),
+            (dict(layer_weights="first"), "layer_weights 'first': write last or weigh"),
+            (dict(layer_weights=["last"]), "layer_weights .*: write last or weighted"),
+            (dict(freeze_steps=-1), "freeze_steps -1: write a whole number from 0"),
+            (dict(freeze_steps=1.5), "freeze_steps 1.5: write a whole number"),
+            (dict(freeze_steps="10"), "freeze_steps '10': write a whole number"),
+            (dict(num_blocks="two"), "num_blocks 'two': write a whole number from 1"),
+            (dict(num_blocks=True), "num_blocks True: write a whole number from 1"),
+            (dict(num_blocks=0), "num_blocks 0: write a whole number from 1"),
+            (dict(freeze_cnn="no"), "freeze_cnn 'no': write true or false"),
+            (dict(apply_spec_augment=1), "apply_spec_augment 1: write true or false"),
+            (dict(normalize="no"), "normalize 'no': write true, false, or null"),
+            (MASKED | dict(mask_time_prob="a"), "mask_time_prob 'a': write a number"),
+            (MASKED | dict(mask_time_prob=2.0), "mask_time_prob 2.0: .* from 0 to 1"),
+            (MASKED | dict(mask_time_prob=-1.0), "mask_time_prob -1.0: .* from 0 to 1"),
+            (dict(mask_time_prob=0.5), "mask_time_prob 0.5 without apply_spec_augment"),
             (dict(whisper_pad=True), "is a hubert model: remove it"),
             (dict(depth_sampler="beta"), "depth_sampler 'beta'"),
         ],

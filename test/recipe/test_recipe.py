@@ -423,9 +423,39 @@ def test_an_encoder_that_lacks_an_option_is_refused(check, encoder, changes, unk
     check(**{**changes, "system": "dld", "asr_args": "", "reference": "exp"})
 
 
+@pytest.mark.parametrize(
+    "value, complaint",
+    [
+        ("layer_weights=mean", "layer_weights 'mean': write last or weighted_sum"),
+        ("freeze_steps=1.5", "freeze_steps 1.5: write a whole number from 0"),
+        ("model=/nowhere", "model: /nowhere has no config.json: name the directory"),
+        ("model=../nowhere", "model: ../nowhere has no config.json"),
+    ],
+)
+def test_values_of_a_pretrained_encoder_are_checked(check, value, complaint):
+    wavlm = str(ROOT / "egs2/librispeech_100/asr1/conf/train_asr_wavlm.yaml")
+    options = dict(feats_normalize="none", fs="16k", inference_depths="12 2")
+    check(asr_config=wavlm, **options)  # the Hub is not asked
+    changed = dict(asr_config=wavlm, asr_args=f"--encoder_conf {value}")
+    with pytest.raises(UserError, match=f"encoder_conf {complaint}"):
+        check(**changed, **options)
+    of_reference = dict(reference_config=wavlm, reference_args=changed["asr_args"])
+    with pytest.raises(UserError, match=f"encoder_conf {complaint}"):
+        check(asr_config=wavlm, system="dld", **of_reference, **options)
+
+
+def test_a_pretrained_encoder_that_was_trained_needs_no_directory(check):
+    wavlm = str(ROOT / "egs2/librispeech_100/asr1/conf/train_asr_wavlm.yaml")
+    options = dict(feats_normalize="none", fs="16k", inference_depths="12 2")
+    options.update(asr_config=wavlm, asr_args="--encoder_conf model=/nowhere")
+    check(stage="12", **options)
+    check(skip_train="true", **options)
+
+
 def test_options_of_encoders_are_those_of_their_classes():
     """Which are not imported: that would take as long as all other checks together."""
-    code = "import sys; from dldkit.recipe.encoders import options_of; "
+    code = "import sys; import dldkit.recipe.asr; "
+    code += "from dldkit.recipe.encoders import options_of; "
     code += "options_of('LDHuggingFaceEncoder'); print('torch' in sys.modules)"
     printed = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert printed == "False\n"

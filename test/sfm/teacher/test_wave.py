@@ -13,6 +13,7 @@ from dldkit.sfm.wave import cnn_features
 FAMILIES = ["hubert", "wavlm", "wav2vec2"]
 FAMILIES += [f"{family}_stable" for family in FAMILIES]
 FAMILIES += ["unispeech_sat", "data2vec_audio"]
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,6 +118,24 @@ def test_refuses_weights_of_another_shape(wave_teacher):
     assert old in config.read_text()
     config.write_text(config.read_text().replace(old, '"intermediate_size": 48'))
     with pytest.raises(UserError, match="can not be loaded"):
+        open_teacher(directory, [1])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", [LFS_POINTER, b""], ids=["pointer", "empty"])
+def test_refuses_a_file_without_the_weights(file, content, wave_teacher):
+    _, directory = wave_teacher()
+    (directory / "model.safetensors").unlink()
+    (directory / file).write_bytes(content)
+    with pytest.raises(UserError, match="weights can not be read.*`git lfs pull`"):
+        open_teacher(directory, [1])
+
+
+def test_refuses_truncated_weights(wave_teacher):
+    _, directory = wave_teacher()
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="weights can not be read.*truncated"):
         open_teacher(directory, [1])
 
 
