@@ -6,6 +6,8 @@ import os
 import re
 import struct
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +20,8 @@ PathLike = str | Path
 # A WAV that was streamed declares a size from here up: sox writes this one, ffmpeg and
 # others write all ones.
 UNKNOWN_SIZE = 0x7FFFF000
+UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's count for a FLAC that was written to a pipe
+BLOCK = 2**16  # samples that are read at a time, where there is no count
 ARK = re.compile(r"(.+):(\d+)")  # an archive of Kaldi's, and the place in it
 # What `lhotse kaldi export` writes for files that Kaldi can not read: they are decoded
 # by these programs, whole, and are not changed otherwise.
@@ -35,6 +39,14 @@ LHOTSE_PIPES = (
 
 class BadAudio(ValueError):
     """An utterance that can not be used; the message is the reason."""
+
+
+class FromStartToEnd(soundfile.SoundFile):
+    """A file that is read without a seek, which would fail at an unknown end."""
+
+    def seekable(self) -> bool:
+        """Say what keeps soundfile from it."""
+        return False
 
 
 def read_audio(
@@ -76,14 +88,12 @@ def read_channels(
     """
     if path.endswith("|"):
         path, channel = _without_lhotse_s_pipe(path, channel)
-    try:
+    with _failures_as_bad_audio():
         if path.endswith("|"):
             with io.BytesIO(_output_of(path)) as output:
                 return _read(output, "its output", start, end, channel)
         with _stored(path) as file:
             return _read(file, path, start, end, channel)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise BadAudio(f"unreadable: {_reason(error)}") from None
 
 
 def is_in_archive(path: str) -> bool:
@@ -142,13 +152,49 @@ def _opened(file: BinaryIO) -> soundfile.SoundFile:
             return soundfile.SoundFile(io.BytesIO(mp3))
     file.seek(0)
     name = getattr(file, "name", None)
-    return soundfile.SoundFile(name if name is not None else file)
+    audio = soundfile.SoundFile(name if name is not None else file)
+    if audio.frames != UNKNOWN_FRAMES:
+        return audio
+    audio.close()
+    file.seek(0)
+    return soundfile.SoundFile(io.BytesIO(_flac_with_length(file.read())))
+
+
+def _flac_with_length(content: bytes) -> bytes:
+    """Return a FLAC that says its length, from one that does not."""
+    frames = 0
+    with FromStartToEnd(io.BytesIO(content)) as audio:
+        while block := len(audio.read(BLOCK, dtype="int32")):
+            frames += block
+    if not frames:
+        raise BadAudio("no samples")
+    place = content.index(b"fLaC") + 18  # of 8 bytes, of which 36 bits are the length
+    (others,) = struct.unpack_from(">Q", content, place)
+    said = struct.pack(">Q", others | frames)
+    return content[:place] + said + content[place + len(said) :]
+
+
+@contextmanager
+def _failures_as_bad_audio() -> Iterator[None]:
+    """Let nothing that one file makes soundfile or numpy raise lose the other files."""
+    try:
+        yield
+    except BadAudio:
+        raise
+    except (
+        soundfile.LibsndfileError,
+        struct.error,
+        OSError,
+        ValueError,
+        MemoryError,
+    ) as error:
+        raise BadAudio(f"unreadable: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
     """Return what libsndfile says, without the place in memory of what it read."""
     text = getattr(error, "error_string", None)
-    return text or str(error)
+    return text or str(error) or type(error).__name__
 
 
 def declared_length(path: PathLike) -> tuple[int, int, int]:
@@ -160,14 +206,11 @@ def declared_length(path: PathLike) -> tuple[int, int, int]:
     Raises:
         BadAudio: there is no readable header, or no samples.
     """
-    try:
-        with _stored(str(path)) as file, _opened(file) as audio:
-            length = max(audio.frames, _declared_frames(file, audio))
-            if not length:
-                raise BadAudio("no samples")
-            return length, audio.samplerate, audio.channels
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise BadAudio(f"unreadable: {_reason(error)}") from None
+    with _failures_as_bad_audio(), _stored(str(path)) as file, _opened(file) as audio:
+        length = max(audio.frames, _declared_frames(file, audio))
+        if not length:
+            raise BadAudio("no samples")
+        return length, audio.samplerate, audio.channels
 
 
 @functools.lru_cache(maxsize=1)  # the segments of a recording come one after another
