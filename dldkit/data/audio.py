@@ -22,6 +22,15 @@ PathLike = str | Path
 UNKNOWN_SIZE = 0x7FFFF000
 UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's count for a FLAC that was written to a pipe
 BLOCK = 2**16  # samples that are read at a time, where there is no count
+# By a file's first bytes: where the numbers are that say how long the rest is, and how
+# many bytes they do not count.
+SIZES = {
+    b"FORM": (">I", 4, 8),  # AIFF
+    b".snd": (">II", 4, 0),  # AU
+    b"riff": ("<Q", 16, 0),  # W64
+    b"RF64": ("<Q", 20, 8),
+}
+OGG_PAGE, OGG_PAGE_HEADER = 2**16, 27  # bytes, at most and at least
 ARK = re.compile(r"(.+):(\d+)")  # an archive of Kaldi's, and the place in it
 # What `lhotse kaldi export` writes for files that Kaldi can not read: they are decoded
 # by these programs, whole, and are not changed otherwise.
@@ -114,6 +123,8 @@ def _stored(path: str) -> BinaryIO:
 def _read(
     file: BinaryIO, name: str, start: float, end: float | None, channel: int | None
 ) -> tuple[np.ndarray, int]:
+    if _is_cut_off(file):
+        raise BadAudio("truncated: its end is missing")
     with _opened(file) as audio:
         fs = audio.samplerate
         if channel is not None and not 0 <= channel < audio.channels:
@@ -146,6 +157,7 @@ def _read(
 
 def _opened(file: BinaryIO) -> soundfile.SoundFile:
     """Open a file by its content, or by its name where libsndfile needs that."""
+    file.seek(0)
     if file.read(1) in (b"I", b"\xff"):  # an ID3 tag, or the frame of an MP3
         file.seek(0)
         if (mp3 := with_length(file.read())) is not None:
@@ -325,7 +337,7 @@ def _declared_frames(file: BinaryIO, audio: soundfile.SoundFile) -> int:
     """Return how many samples the header promises.
 
     libsndfile quietly shortens truncated WAV and NIST SPHERE files to what is there;
-    for other formats its own count is the header's.
+    for other formats its own count is the header's, but see `_is_cut_off`.
     """
     if audio.format in ("WAV", "WAVEX"):
         block, size = _wav_header(file)
@@ -337,6 +349,34 @@ def _declared_frames(file: BinaryIO, audio: soundfile.SoundFile) -> int:
         if count:
             return int(count[1])
     return audio.frames
+
+
+def _is_cut_off(file: BinaryIO) -> bool:
+    """Say whether a file of a format that says no count of samples lacks its end.
+
+    libsndfile quietly shortens these, too. A byte that only pads may be missing.
+    """
+    file.seek(0)
+    head = file.read(28).ljust(28, b"\0")
+    size = file.seek(0, os.SEEK_END)
+    if head[:4] == b"OggS":
+        file.seek(max(0, size - OGG_PAGE))
+        return not _has_the_last_page(file.read())
+    if head[:4] not in SIZES:
+        return False
+    numbers, place, others = SIZES[head[:4]]
+    declared = sum(struct.unpack_from(numbers, head, place)) + others
+    unknown = 2**63 if "Q" in numbers else UNKNOWN_SIZE
+    return size + 1 < declared < unknown
+
+
+def _has_the_last_page(end: bytes) -> bool:
+    """Say whether an Ogg file's end has, whole, the page that is marked as the last."""
+    page = end[max(end.rfind(b"OggS"), 0) :]
+    if len(page) < OGG_PAGE_HEADER or not page[5] & 0x04:
+        return False
+    content = OGG_PAGE_HEADER + page[26]  # behind one byte for each segment's size
+    return len(page) >= content + sum(page[OGG_PAGE_HEADER:content])
 
 
 def _wav_header(file: BinaryIO) -> tuple[int, int | None]:

@@ -79,14 +79,18 @@ def test_writing_clips(tmp_path):
     assert integers.tolist() == [-32768, 32767]
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "sph"])
+@pytest.mark.parametrize(
+    "suffix", ["wav", "flac", "sph", "aiff", "au", "w64", "rf64", "ogg", "opus"]
+)
 @pytest.mark.parametrize("keep", [0.3, 0.999])
 def test_truncated_audio_is_bad(recording, tmp_path, suffix, keep):
     samples, fs = read_audio(recording)
     path = tmp_path / f"a.{suffix}"
-    write = dict(format="NIST") if suffix == "sph" else {}
-    soundfile.write(path, samples, fs, subtype="PCM_16", **write)
-    assert len(read_audio(str(path))[0]) == len(samples)
+    kinds = dict(sph=("NIST", "PCM_16"), ogg=("OGG", "VORBIS"), opus=("OGG", "OPUS"))
+    form, subtype = kinds.get(suffix, (suffix.upper(), "PCM_16"))
+    soundfile.write(path, samples, fs, subtype, format=form)
+    for whole in (str(path), f"cat {path} |"):
+        assert len(read_audio(whole)[0]) == len(samples)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(BadAudio, match="truncated|unreadable"):
@@ -117,6 +121,18 @@ def test_streamed_wav_of_unknown_size_is_good(recording, tmp_path):
     write_audio(path, samples, fs)
     content = bytearray(path.read_bytes())
     content[4:8] = content[40:44] = b"\xff" * 4
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read_audio(str(path))[0], samples)
+
+
+@pytest.mark.parametrize("suffix", ["aiff", "au"])
+def test_what_was_streamed_has_no_size_to_compare(recording, tmp_path, suffix):
+    samples, fs = read_audio(recording)
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, samples, fs, "PCM_16")
+    content = bytearray(path.read_bytes())
+    place = dict(aiff=4, au=8)[suffix]
+    content[place : place + 4] = b"\xff" * 4
     path.write_bytes(content)
     np.testing.assert_array_equal(read_audio(str(path))[0], samples)
 
