@@ -275,9 +275,14 @@ def _load(
     for utt in chunk:
         try:
             audio, rate = _read(utt, form)
-            if not np.ptp(audio, axis=0).any():
-                raise BadAudio(f"silent: its {len(audio)} samples are all the same")
-            samples = convert(audio.mean(1), rate, form.fs, utt.speed)
+            mixed = audio.mean(1)
+            samples = convert(mixed, rate, form.fs, utt.speed)
+            # What is written counts. But at the ends of a constant, another rate leaves
+            # ripples, and these are silent, too.
+            if not np.ptp(as_16_bit(samples)) or not np.ptp(mixed):
+                raise BadAudio(
+                    f"silent: its {len(mixed)} samples are all the same in 16 bits"
+                )
             outcome.rates[utt.id] = rate
             if audio.shape[1] > 1:
                 outcome.channels[utt.id] = audio.shape[1]

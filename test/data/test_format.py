@@ -228,6 +228,27 @@ def test_bad_utterances_are_dropped_and_listed(train, tmp_path, caplog):
     assert "dropped 3 of 4" in caplog.text
 
 
+def test_what_would_be_written_as_silence_is_dropped(train, tmp_path):
+    utts = sorted(scp(train))
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 44100)
+    high = 1e-3 * np.sin(2 * np.pi * 20000 / 44100 * np.arange(44100))
+    silent = {  # once it is mixed, rounded or at the new rate
+        utts[0]: (np.stack([noise, -noise], 1), 16000),
+        utts[1]: (noise * 1e-9, 16000),
+        utts[2]: (high * np.hanning(44100), 44100),
+    }
+    wavs = scp(train)
+    for utt, (samples, fs) in silent.items():
+        wavs[utt] = tmp_path / f"{utt}.wav"
+        soundfile.write(wavs[utt], samples, fs, "FLOAT")
+    write_table(train / "wav.scp", wavs)
+    format_data(train, tmp_path / "out", Format())
+    assert list(scp(tmp_path / "out")) == utts[3:]
+    dropped = scp(tmp_path / "out", "dropped.txt")
+    assert dropped.keys() == silent.keys()
+    assert all(reason.startswith("silent: its ") for reason in dropped.values())
+
+
 def test_nothing_usable_is_an_error_that_can_be_mended(train, tmp_path, capsys):
     wavs = scp(train)
     write_table(train / "wav.scp", {utt: f"/nowhere/{utt}.wav" for utt in wavs})
