@@ -292,6 +292,42 @@ def test_finished_is_kept_and_changed_input_is_done_again(train, tmp_path):
     assert utt not in scp(out) and len(scp(out)) == 3
 
 
+@pytest.mark.parametrize("feats_type", ["raw", "extracted"])
+def test_what_was_mended_after_the_end_is_picked_up(
+    train, tmp_path, monkeypatch, feats_type
+):
+    out, name = tmp_path / "out", "wav.scp"
+    if feats_type == "extracted":
+        name = "feats.scp"
+        (train / "wav.scp").unlink()
+        feats = {utt: np.ones((9, 4)) for utt in read_table(train / "text")}
+        kaldiio.save_ark(str(tmp_path / "a.ark"), feats, scp=str(train / name))
+    table = scp(train, name)
+    broken, absent, *_ = sorted(table)
+    files = {broken: tmp_path / "broken", absent: tmp_path / "absent"}
+    files[broken].write_bytes(b"RIFF")
+    write_table(train / name, {**table, **files})
+    format_data(train, out, Format(feats_type))
+    before = (out / name).stat().st_mtime_ns
+    files[broken].touch()
+    format_data(train, out, Format(feats_type))
+    assert (out / name).stat().st_mtime_ns == before
+
+    found, _, place = table[broken].partition(":")
+    content = open(found, "rb").read()[int(place or 0) :]
+    files[broken].write_bytes(content)
+    with monkeypatch.context() as context:  # where it is interrupted, it goes on
+        context.setattr(format_module, "_write_tables", None)
+        with pytest.raises(TypeError):
+            format_data(train, out, Format(feats_type))
+    format_data(train, out, Format(feats_type))
+    assert scp(out, "dropped.txt").keys() == {absent}
+    files[absent].write_bytes(content)
+    format_data(train, out, Format(feats_type))
+    assert scp(out, name).keys() == table.keys()
+    assert not scp(out, "dropped.txt") and not (out / "dropped_text").exists()
+
+
 @pytest.mark.parametrize("feats_type", ["raw", "fbank"])
 def test_an_interrupted_run_goes_on(train, tmp_path, monkeypatch, feats_type):
     monkeypatch.setattr(format_module, "CHUNK", 1)
