@@ -116,6 +116,11 @@ class Step:
             return names
         return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
 
+    def reopen(self) -> None:
+        """Begin again what is done: something changed that is not among its inputs."""
+        (self.directory / ".done").replace(self.directory / ".part")
+        self.done = False
+
     def __enter__(self) -> "Step":
         _refuse_file(self.directory)
         self.lock.__enter__()

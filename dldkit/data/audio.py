@@ -6,6 +6,8 @@ import os
 import re
 import struct
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +20,17 @@ PathLike = str | Path
 # A WAV that was streamed declares a size from here up: sox writes this one, ffmpeg and
 # others write all ones.
 UNKNOWN_SIZE = 0x7FFFF000
+UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's count for a FLAC that was written to a pipe
+BLOCK = 2**16  # samples that are read at a time, where there is no count
+# By a file's first bytes: where the numbers are that say how long the rest is, and how
+# many bytes they do not count.
+SIZES = {
+    b"FORM": (">I", 4, 8),  # AIFF
+    b".snd": (">II", 4, 0),  # AU
+    b"riff": ("<Q", 16, 0),  # W64
+    b"RF64": ("<Q", 20, 8),
+}
+OGG_PAGE, OGG_PAGE_HEADER = 2**16, 27  # bytes, at most and at least
 ARK = re.compile(r"(.+):(\d+)")  # an archive of Kaldi's, and the place in it
 # What `lhotse kaldi export` writes for files that Kaldi can not read: they are decoded
 # by these programs, whole, and are not changed otherwise.
@@ -35,6 +48,14 @@ LHOTSE_PIPES = (
 
 class BadAudio(ValueError):
     """An utterance that can not be used; the message is the reason."""
+
+
+class FromStartToEnd(soundfile.SoundFile):
+    """A file that is read without a seek, which would fail at an unknown end."""
+
+    def seekable(self) -> bool:
+        """Say what keeps soundfile from it."""
+        return False
 
 
 def read_audio(
@@ -76,14 +97,12 @@ def read_channels(
     """
     if path.endswith("|"):
         path, channel = _without_lhotse_s_pipe(path, channel)
-    try:
+    with _failures_as_bad_audio():
         if path.endswith("|"):
             with io.BytesIO(_output_of(path)) as output:
                 return _read(output, "its output", start, end, channel)
         with _stored(path) as file:
             return _read(file, path, start, end, channel)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise BadAudio(f"unreadable: {_reason(error)}") from None
 
 
 def is_in_archive(path: str) -> bool:
@@ -104,6 +123,8 @@ def _stored(path: str) -> BinaryIO:
 def _read(
     file: BinaryIO, name: str, start: float, end: float | None, channel: int | None
 ) -> tuple[np.ndarray, int]:
+    if _is_cut_off(file):
+        raise BadAudio("truncated: its end is missing")
     with _opened(file) as audio:
         fs = audio.samplerate
         if channel is not None and not 0 <= channel < audio.channels:
@@ -136,19 +157,56 @@ def _read(
 
 def _opened(file: BinaryIO) -> soundfile.SoundFile:
     """Open a file by its content, or by its name where libsndfile needs that."""
+    file.seek(0)
     if file.read(1) in (b"I", b"\xff"):  # an ID3 tag, or the frame of an MP3
         file.seek(0)
         if (mp3 := with_length(file.read())) is not None:
             return soundfile.SoundFile(io.BytesIO(mp3))
     file.seek(0)
     name = getattr(file, "name", None)
-    return soundfile.SoundFile(name if name is not None else file)
+    audio = soundfile.SoundFile(name if name is not None else file)
+    if audio.frames != UNKNOWN_FRAMES:
+        return audio
+    audio.close()
+    file.seek(0)
+    return soundfile.SoundFile(io.BytesIO(_flac_with_length(file.read())))
+
+
+def _flac_with_length(content: bytes) -> bytes:
+    """Return a FLAC that says its length, from one that does not."""
+    frames = 0
+    with FromStartToEnd(io.BytesIO(content)) as audio:
+        while block := len(audio.read(BLOCK, dtype="int32")):
+            frames += block
+    if not frames:
+        raise BadAudio("no samples")
+    place = content.index(b"fLaC") + 18  # of 8 bytes, of which 36 bits are the length
+    (others,) = struct.unpack_from(">Q", content, place)
+    said = struct.pack(">Q", others | frames)
+    return content[:place] + said + content[place + len(said) :]
+
+
+@contextmanager
+def _failures_as_bad_audio() -> Iterator[None]:
+    """Let nothing that one file makes soundfile or numpy raise lose the other files."""
+    try:
+        yield
+    except BadAudio:
+        raise
+    except (
+        soundfile.LibsndfileError,
+        struct.error,
+        OSError,
+        ValueError,
+        MemoryError,
+    ) as error:
+        raise BadAudio(f"unreadable: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
     """Return what libsndfile says, without the place in memory of what it read."""
     text = getattr(error, "error_string", None)
-    return text or str(error)
+    return text or str(error) or type(error).__name__
 
 
 def declared_length(path: PathLike) -> tuple[int, int, int]:
@@ -160,14 +218,11 @@ def declared_length(path: PathLike) -> tuple[int, int, int]:
     Raises:
         BadAudio: there is no readable header, or no samples.
     """
-    try:
-        with _stored(str(path)) as file, _opened(file) as audio:
-            length = max(audio.frames, _declared_frames(file, audio))
-            if not length:
-                raise BadAudio("no samples")
-            return length, audio.samplerate, audio.channels
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise BadAudio(f"unreadable: {_reason(error)}") from None
+    with _failures_as_bad_audio(), _stored(str(path)) as file, _opened(file) as audio:
+        length = max(audio.frames, _declared_frames(file, audio))
+        if not length:
+            raise BadAudio("no samples")
+        return length, audio.samplerate, audio.channels
 
 
 @functools.lru_cache(maxsize=1)  # the segments of a recording come one after another
@@ -282,7 +337,7 @@ def _declared_frames(file: BinaryIO, audio: soundfile.SoundFile) -> int:
     """Return how many samples the header promises.
 
     libsndfile quietly shortens truncated WAV and NIST SPHERE files to what is there;
-    for other formats its own count is the header's.
+    for other formats its own count is the header's, but see `_is_cut_off`.
     """
     if audio.format in ("WAV", "WAVEX"):
         block, size = _wav_header(file)
@@ -294,6 +349,34 @@ def _declared_frames(file: BinaryIO, audio: soundfile.SoundFile) -> int:
         if count:
             return int(count[1])
     return audio.frames
+
+
+def _is_cut_off(file: BinaryIO) -> bool:
+    """Say whether a file of a format that says no count of samples lacks its end.
+
+    libsndfile quietly shortens these, too. A byte that only pads may be missing.
+    """
+    file.seek(0)
+    head = file.read(28).ljust(28, b"\0")
+    size = file.seek(0, os.SEEK_END)
+    if head[:4] == b"OggS":
+        file.seek(max(0, size - OGG_PAGE))
+        return not _has_the_last_page(file.read())
+    if head[:4] not in SIZES:
+        return False
+    numbers, place, others = SIZES[head[:4]]
+    declared = sum(struct.unpack_from(numbers, head, place)) + others
+    unknown = 2**63 if "Q" in numbers else UNKNOWN_SIZE
+    return size + 1 < declared < unknown
+
+
+def _has_the_last_page(end: bytes) -> bool:
+    """Say whether an Ogg file's end has, whole, the page that is marked as the last."""
+    page = end[max(end.rfind(b"OggS"), 0) :]
+    if len(page) < OGG_PAGE_HEADER or not page[5] & 0x04:
+        return False
+    content = OGG_PAGE_HEADER + page[26]  # behind one byte for each segment's size
+    return len(page) >= content + sum(page[OGG_PAGE_HEADER:content])
 
 
 def _wav_header(file: BinaryIO) -> tuple[int, int | None]:

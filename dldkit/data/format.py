@@ -105,6 +105,7 @@ def format_data(
 ) -> None:
     """Write `dst` from `src`; a finished `dst` is kept, an interrupted one goes on.
 
+    A finished one is made again, too, if something that it dropped can be used now.
     Utterances whose audio or features are missing, corrupt or empty, and those with an
     empty transcript, are dropped: `dst/dropped.txt` lists them with the reason, and
     `dst/dropped_text` holds what was said.
@@ -117,8 +118,23 @@ def format_data(
     """
     utts = utterances(src, text)
     with step_of(src, dst, **asdict(form), text=text) as step:
+        if step.done and (mended := _mended(src, Path(dst), form, text)):
+            logging.warning(f"{dst}: made again, as {mended} can be used now")
+            step.reopen()
         if not step.done:
             _format(src, dst, utts, form, nj, parallel_config, text)
+
+
+def _mended(src: str, dst: Path, form: Format, text: bool) -> str | None:
+    """Return an utterance that a finished `dst` lacks, but could have now."""
+    silent = empty_transcripts(src) if text else set()
+    dropped = [utt for utt in read_table(dst / "dropped.txt") if utt not in silent]
+    if not dropped:
+        return None
+    if form.feats_type == "extracted":
+        return next(iter(_check_extracted(src, dropped).entries), None)
+    loaded = _load(read_utterances(src, dropped), form, Outcome())
+    return next((utt for utt, _ in loaded), None)
 
 
 def _format(
@@ -235,7 +251,8 @@ def _read_optional(path: Path) -> Table:
 def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> Outcome:
     """Write one chunk, and keep what came of it: a resumed run need not do it again.
 
-    A chunk that dropped something is not kept: its audio may have been mended since.
+    A chunk that dropped something is not kept: its audio may have been mended when an
+    interrupted run goes on; `_mended` looks for that after a finished one.
     """
     index, chunk = job
     result = Path(dst) / "chunks" / f"{index}.json"
@@ -275,9 +292,14 @@ def _load(
     for utt in chunk:
         try:
             audio, rate = _read(utt, form)
-            if not np.ptp(audio, axis=0).any():
-                raise BadAudio(f"silent: its {len(audio)} samples are all the same")
-            samples = convert(audio.mean(1), rate, form.fs, utt.speed)
+            mixed = audio.mean(1)
+            samples = convert(mixed, rate, form.fs, utt.speed)
+            # What is written counts. But at the ends of a constant, another rate leaves
+            # ripples, and these are silent, too.
+            if not np.ptp(as_16_bit(samples)) or not np.ptp(mixed):
+                raise BadAudio(
+                    f"silent: its {len(mixed)} samples are all the same in 16 bits"
+                )
             outcome.rates[utt.id] = rate
             if audio.shape[1] > 1:
                 outcome.channels[utt.id] = audio.shape[1]

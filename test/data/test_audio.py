@@ -1,3 +1,5 @@
+import struct
+
 import numpy as np
 import pytest
 import soundfile
@@ -10,6 +12,7 @@ from dldkit.data.audio import (
     read_audio,
     write_audio,
 )
+from dldkit.data.corpus import describe
 from dldkit.data.datadir import read_table
 
 
@@ -76,14 +79,18 @@ def test_writing_clips(tmp_path):
     assert integers.tolist() == [-32768, 32767]
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "sph"])
+@pytest.mark.parametrize(
+    "suffix", ["wav", "flac", "sph", "aiff", "au", "w64", "rf64", "ogg", "opus"]
+)
 @pytest.mark.parametrize("keep", [0.3, 0.999])
 def test_truncated_audio_is_bad(recording, tmp_path, suffix, keep):
     samples, fs = read_audio(recording)
     path = tmp_path / f"a.{suffix}"
-    write = dict(format="NIST") if suffix == "sph" else {}
-    soundfile.write(path, samples, fs, subtype="PCM_16", **write)
-    assert len(read_audio(str(path))[0]) == len(samples)
+    kinds = dict(sph=("NIST", "PCM_16"), ogg=("OGG", "VORBIS"), opus=("OGG", "OPUS"))
+    form, subtype = kinds.get(suffix, (suffix.upper(), "PCM_16"))
+    soundfile.write(path, samples, fs, subtype, format=form)
+    for whole in (str(path), f"cat {path} |"):
+        assert len(read_audio(whole)[0]) == len(samples)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(BadAudio, match="truncated|unreadable"):
@@ -116,6 +123,55 @@ def test_streamed_wav_of_unknown_size_is_good(recording, tmp_path):
     content[4:8] = content[40:44] = b"\xff" * 4
     path.write_bytes(content)
     np.testing.assert_array_equal(read_audio(str(path))[0], samples)
+
+
+@pytest.mark.parametrize("suffix", ["aiff", "au"])
+def test_what_was_streamed_has_no_size_to_compare(recording, tmp_path, suffix):
+    samples, fs = read_audio(recording)
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, samples, fs, "PCM_16")
+    content = bytearray(path.read_bytes())
+    place = dict(aiff=4, au=8)[suffix]
+    content[place : place + 4] = b"\xff" * 4
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read_audio(str(path))[0], samples)
+
+
+def as_written_to_a_pipe(flac: bytes) -> bytes:
+    """Return a FLAC without its length: the last 36 of 64 bits of its description."""
+    (description,) = struct.unpack_from(">Q", flac, 18)
+    return flac[:18] + struct.pack(">Q", description >> 36 << 36) + flac[26:]
+
+
+def test_a_flac_without_its_length_is_read_to_its_end(recording, tmp_path):
+    samples, fs = read_audio(recording)
+    path = tmp_path / "a.flac"
+    write_audio(path, samples, fs)
+    content = as_written_to_a_pipe(path.read_bytes())
+    path.write_bytes(content)
+    assert soundfile.info(path).frames == 2**63 - 1
+    assert declared_length(path) == (len(samples), fs, 1)
+    assert describe(path).num_samples == len(samples)
+    for name in (str(path), f"cat {path} |"):
+        np.testing.assert_array_equal(read_audio(name)[0], samples)
+        part = read_audio(name, 0.5, 1.25)[0]
+        np.testing.assert_array_equal(part, samples[fs // 2 : fs + fs // 4])
+    path.write_bytes(content[:-100])
+    with pytest.raises(BadAudio, match="unreadable: .*lost sync"):
+        read_audio(str(path))
+    path.write_bytes(b"fLaC\x80" + content[5:42])  # the description is the last block
+    with pytest.raises(BadAudio, match="no samples"):
+        read_audio(str(path))
+
+
+@pytest.mark.parametrize("failure", [ValueError("too big"), MemoryError("too big")])
+def test_no_file_loses_the_others(recording, monkeypatch, failure):
+    def failing(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", failing)
+    with pytest.raises(BadAudio, match="unreadable: too big"):
+        read_audio(recording)
 
 
 def length(path) -> int:

@@ -228,6 +228,27 @@ def test_bad_utterances_are_dropped_and_listed(train, tmp_path, caplog):
     assert "dropped 3 of 4" in caplog.text
 
 
+def test_what_would_be_written_as_silence_is_dropped(train, tmp_path):
+    utts = sorted(scp(train))
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 44100)
+    high = 1e-3 * np.sin(2 * np.pi * 20000 / 44100 * np.arange(44100))
+    silent = {  # once it is mixed, rounded or at the new rate
+        utts[0]: (np.stack([noise, -noise], 1), 16000),
+        utts[1]: (noise * 1e-9, 16000),
+        utts[2]: (high * np.hanning(44100), 44100),
+    }
+    wavs = scp(train)
+    for utt, (samples, fs) in silent.items():
+        wavs[utt] = tmp_path / f"{utt}.wav"
+        soundfile.write(wavs[utt], samples, fs, "FLOAT")
+    write_table(train / "wav.scp", wavs)
+    format_data(train, tmp_path / "out", Format())
+    assert list(scp(tmp_path / "out")) == utts[3:]
+    dropped = scp(tmp_path / "out", "dropped.txt")
+    assert dropped.keys() == silent.keys()
+    assert all(reason.startswith("silent: its ") for reason in dropped.values())
+
+
 def test_nothing_usable_is_an_error_that_can_be_mended(train, tmp_path, capsys):
     wavs = scp(train)
     write_table(train / "wav.scp", {utt: f"/nowhere/{utt}.wav" for utt in wavs})
@@ -269,6 +290,42 @@ def test_finished_is_kept_and_changed_input_is_done_again(train, tmp_path):
     (train / "spk2utt").unlink()
     format_data(train, out, Format())
     assert utt not in scp(out) and len(scp(out)) == 3
+
+
+@pytest.mark.parametrize("feats_type", ["raw", "extracted"])
+def test_what_was_mended_after_the_end_is_picked_up(
+    train, tmp_path, monkeypatch, feats_type
+):
+    out, name = tmp_path / "out", "wav.scp"
+    if feats_type == "extracted":
+        name = "feats.scp"
+        (train / "wav.scp").unlink()
+        feats = {utt: np.ones((9, 4)) for utt in read_table(train / "text")}
+        kaldiio.save_ark(str(tmp_path / "a.ark"), feats, scp=str(train / name))
+    table = scp(train, name)
+    broken, absent, *_ = sorted(table)
+    files = {broken: tmp_path / "broken", absent: tmp_path / "absent"}
+    files[broken].write_bytes(b"RIFF")
+    write_table(train / name, {**table, **files})
+    format_data(train, out, Format(feats_type))
+    before = (out / name).stat().st_mtime_ns
+    files[broken].touch()
+    format_data(train, out, Format(feats_type))
+    assert (out / name).stat().st_mtime_ns == before
+
+    found, _, place = table[broken].partition(":")
+    content = open(found, "rb").read()[int(place or 0) :]
+    files[broken].write_bytes(content)
+    with monkeypatch.context() as context:  # where it is interrupted, it goes on
+        context.setattr(format_module, "_write_tables", None)
+        with pytest.raises(TypeError):
+            format_data(train, out, Format(feats_type))
+    format_data(train, out, Format(feats_type))
+    assert scp(out, "dropped.txt").keys() == {absent}
+    files[absent].write_bytes(content)
+    format_data(train, out, Format(feats_type))
+    assert scp(out, name).keys() == table.keys()
+    assert not scp(out, "dropped.txt") and not (out / "dropped_text").exists()
 
 
 @pytest.mark.parametrize("feats_type", ["raw", "fbank"])

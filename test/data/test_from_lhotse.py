@@ -316,6 +316,6 @@ def test_stereo_is_mixed_silence_is_dropped_and_both_are_noted(
     got = soundfile.read(table["stereo"], dtype="int16")[0]
     np.testing.assert_array_equal(got, half // 2)
     assert read_table(tmp_path / "out" / "dropped.txt") == {
-        "silent": "silent: its 8000 samples are all the same"
+        "silent": "silent: its 8000 samples are all the same in 16 bits"
     }
     assert "1 utterance(s) with 2 channels, mixed to one, first: stereo" in caplog.text
