@@ -2,7 +2,6 @@
 
 import functools
 import io
-import os
 import re
 import struct
 import subprocess
@@ -14,23 +13,12 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
+from dldkit.data.headers import UNKNOWN_SIZE, declared_frames, is_cut_off
 from dldkit.data.mp3 import with_length
 
 PathLike = str | Path
-# A WAV that was streamed declares a size from here up: sox writes this one, ffmpeg and
-# others write all ones.
-UNKNOWN_SIZE = 0x7FFFF000
 UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's count for a FLAC that was written to a pipe
 BLOCK = 2**16  # samples that are read at a time, where there is no count
-# By a file's first bytes: where the numbers are that say how long the rest is, and how
-# many bytes they do not count.
-SIZES = {
-    b"FORM": (">I", 4, 8),  # AIFF
-    b".snd": (">II", 4, 0),  # AU
-    b"riff": ("<Q", 16, 0),  # W64
-    b"RF64": ("<Q", 20, 8),
-}
-OGG_PAGE, OGG_PAGE_HEADER = 2**16, 27  # bytes, at most and at least
 ARK = re.compile(r"(.+):(\d+)")  # an archive of Kaldi's, and the place in it
 # What `lhotse kaldi export` writes for files that Kaldi can not read: they are decoded
 # by these programs, whole, and are not changed otherwise.
@@ -123,13 +111,13 @@ def _stored(path: str) -> BinaryIO:
 def _read(
     file: BinaryIO, name: str, start: float, end: float | None, channel: int | None
 ) -> tuple[np.ndarray, int]:
-    if _is_cut_off(file):
+    if is_cut_off(file):
         raise BadAudio("truncated: its end is missing")
     with _opened(file) as audio:
         fs = audio.samplerate
         if channel is not None and not 0 <= channel < audio.channels:
             raise BadAudio(f"no channel {channel}: it has {audio.channels}, from 0")
-        declared = _declared_frames(file, audio)
+        declared = declared_frames(file, audio)
         if declared > audio.frames:
             raise BadAudio(f"truncated: {audio.frames} of {declared} samples")
         if not audio.frames:
@@ -219,7 +207,7 @@ def declared_length(path: PathLike) -> tuple[int, int, int]:
         BadAudio: there is no readable header, or no samples.
     """
     with _failures_as_bad_audio(), _stored(str(path)) as file, _opened(file) as audio:
-        length = max(audio.frames, _declared_frames(file, audio))
+        length = max(audio.frames, declared_frames(file, audio))
         if not length:
             raise BadAudio("no samples")
         return length, audio.samplerate, audio.channels
@@ -331,67 +319,3 @@ def as_16_bit(samples: np.ndarray) -> np.ndarray:
     """Return samples in [-1, 1] as integers."""
     # soundfile alone would scale by 32767 what it read by 1 / 32768.
     return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
-
-
-def _declared_frames(file: BinaryIO, audio: soundfile.SoundFile) -> int:
-    """Return how many samples the header promises.
-
-    libsndfile quietly shortens truncated WAV and NIST SPHERE files to what is there;
-    for other formats its own count is the header's, but see `_is_cut_off`.
-    """
-    if audio.format in ("WAV", "WAVEX"):
-        block, size = _wav_header(file)
-        if block and size is not None and size < UNKNOWN_SIZE:
-            return size // block
-    elif audio.format == "NIST":
-        file.seek(0)
-        count = re.search(rb"sample_count -i (\d+)", file.read(1024))
-        if count:
-            return int(count[1])
-    return audio.frames
-
-
-def _is_cut_off(file: BinaryIO) -> bool:
-    """Say whether a file of a format that says no count of samples lacks its end.
-
-    libsndfile quietly shortens these, too. A byte that only pads may be missing.
-    """
-    file.seek(0)
-    head = file.read(28).ljust(28, b"\0")
-    size = file.seek(0, os.SEEK_END)
-    if head[:4] == b"OggS":
-        file.seek(max(0, size - OGG_PAGE))
-        return not _has_the_last_page(file.read())
-    if head[:4] not in SIZES:
-        return False
-    numbers, place, others = SIZES[head[:4]]
-    declared = sum(struct.unpack_from(numbers, head, place)) + others
-    unknown = 2**63 if "Q" in numbers else UNKNOWN_SIZE
-    return size + 1 < declared < unknown
-
-
-def _has_the_last_page(end: bytes) -> bool:
-    """Say whether an Ogg file's end has, whole, the page that is marked as the last."""
-    page = end[max(end.rfind(b"OggS"), 0) :]
-    if len(page) < OGG_PAGE_HEADER or not page[5] & 0x04:
-        return False
-    content = OGG_PAGE_HEADER + page[26]  # behind one byte for each segment's size
-    return len(page) >= content + sum(page[OGG_PAGE_HEADER:content])
-
-
-def _wav_header(file: BinaryIO) -> tuple[int, int | None]:
-    """Return the bytes of a frame, and the bytes that the chunk `data` declares."""
-    block = 0
-    file.seek(0)
-    order = ">" if file.read(12)[:4] == b"RIFX" else "<"
-    while len(head := file.read(8)) == 8:
-        name, size = struct.unpack(f"{order}4sI", head)
-        if name == b"data":
-            return block, size
-        if name == b"fmt ":
-            (block,) = struct.unpack_from(f"{order}H", file.read(size), 12)
-            size %= 2
-        else:
-            size += size % 2
-        file.seek(size, os.SEEK_CUR)  # chunks begin at even places
-    return block, None
