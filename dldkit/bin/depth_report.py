@@ -9,6 +9,7 @@ from typing import Optional, Sequence
 
 from espnet2.utils.types import str_or_none
 
+from dldkit.data.datadir import test_set_dir
 from dldkit.depth.selector import SELECTORS
 from dldkit.depth.thresholds import FILE
 from dldkit.errors import UserError, report_user_errors
@@ -84,7 +85,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         for file in sorted(exp.glob(pattern))
     }
     for test_set in args["test_sets"].split():
-        for file in Path(args["data_root"], test_set).glob("*text"):
+        for file in test_set_dir(args["data_root"], test_set).glob("*text"):
             files[f"{test_set} {file.name}"] = file
     record = output_dir / ".depth_report"
     with Step(record, files, keep=True, argv=list(argv)) as step:

@@ -140,6 +140,16 @@ def subset_data_dir(src: PathLike, dst: PathLike, utts: Iterable[str]) -> None:
     write_data_dir(dst, read_source(src), **tables)
 
 
+def test_set_dir(root: PathLike, name: str) -> Path:
+    """Return where a test set lies in `dump/raw`: as stage 3 wrote it.
+
+    Of a validation set, `root/name` lacks what stage 4 left out, and `root/org/name`
+    does not. What is too long to learn from is to be recognised all the same.
+    """
+    org = Path(root) / "org" / name
+    return org if org.is_dir() else Path(root) / name
+
+
 def utterances(directory: PathLike, text: bool = True) -> list[str]:
     """Return the utterance ids of a directory whose tables agree.
 

@@ -10,6 +10,7 @@ from typing import Any, Union
 import numpy as np
 from omegaconf import DictConfig
 
+from dldkit.data.datadir import test_set_dir
 from dldkit.depth.sampler import DepthSampler, build_sampler
 from dldkit.errors import UserError
 from dldkit.report.report import environment
@@ -103,7 +104,8 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
     words: dict[str, list[int]] = {}
     for text in sorted((exp / inference_tag).glob("depth*/*/text")):
         depth, test_set = text.parts[-3].removeprefix("depth"), text.parts[-2]
-        score: Score = score_files(data_root / test_set / "text", text)[0]
+        data_dir = test_set_dir(data_root, test_set)
+        score: Score = score_files(data_dir / "text", text)[0]
         words[test_set] = score.lengths.tolist()
         errors.setdefault(test_set, {})[depth] = score.errors.tolist()
     if not errors:

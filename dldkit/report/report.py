@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import dldkit
-from dldkit.data.datadir import read_source
+from dldkit.data.datadir import read_source, test_set_dir
 from dldkit.report.plot import plot
 from dldkit.report.results import (
     Result,
@@ -81,7 +81,9 @@ def make_report(
             name: {"experiment": str(exp), "model": inference_asr_model}
             for name, exp in systems.items()
         },
-        "test_sets": {name: corpus_source(data_root / name) for name in test_sets},
+        "test_sets": {
+            name: corpus_source(test_set_dir(data_root, name)) for name in test_sets
+        },
         "inference_tag": inference_tag,
         "notes": notes(rtf_utts, rtf_repeats, bootstrap, seed),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, Optional
 
-from dldkit.data.datadir import read_table
+from dldkit.data.datadir import read_table, test_set_dir
 from dldkit.depth.thresholds import read_thresholds, threshold_name
 from dldkit.errors import UserError
 from dldkit.report.scoring import Score, bootstrap_interval, not_decoded, score_files
@@ -77,7 +77,7 @@ def collect_scores(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> list[Result]:
-    """Score ``EXP/TAG/depthN/SET/text`` against ``DATA_ROOT/SET/text``.
+    """Score ``EXP/TAG/depthN/SET/text`` against ``text`` of `test_set_dir`.
 
     A depth that a system was not decoded at is left out; where that is so for all
     systems, with a line in the log.
@@ -87,6 +87,7 @@ def collect_scores(
     """
     results = []
     for test_set in test_sets:
+        data_dir = test_set_dir(data_root, test_set)
         for system, exp in systems.items():
             decoded = [
                 (depth, Path(exp) / inference_tag / f"depth{depth}" / test_set / "text")
@@ -101,7 +102,7 @@ def collect_scores(
                 )
             for depth, text in decoded:
                 if depth not in left_out:
-                    scores = _scores(data_root / test_set, text, bootstrap, seed)
+                    scores = _scores(data_dir, text, bootstrap, seed)
                     results.append(Result(system, test_set, depth, *scores))
     if missing := [str(d) for d in depths if d not in {r.depth for r in results}]:
         logging.warning(f"nothing is decoded at depth {' '.join(missing)}: left out")
@@ -119,6 +120,7 @@ def collect_stopped(
     """Score what was decoded with early stopping; see `collect_scores`."""
     results = []
     for test_set in test_sets:
+        data_dir = test_set_dir(data_root, test_set)
         for system, exp in systems.items():
             decoded = Path(exp) / inference_tag
             for threshold in read_thresholds(decoded):
@@ -128,7 +130,7 @@ def collect_stopped(
                     continue
                 depths = read_table(text.with_name("depth"))
                 depths = [int(depth) for depth in depths.values()]
-                scores = _scores(data_root / test_set, text, bootstrap, seed)
+                scores = _scores(data_dir, text, bootstrap, seed)
                 result = Result(system, test_set, mean(depths), *scores)
                 result.threshold, result.depths = threshold, depths
                 results.append(result)
@@ -187,13 +189,14 @@ def measure_costs(
     from dldkit.report import cost
 
     seconds = {
-        test_set: cost.speech_seconds(data_root / test_set, frame_shift)
+        test_set: cost.speech_seconds(test_set_dir(data_root, test_set), frame_shift)
         for test_set in test_sets_of(results)
     }
 
     @functools.cache
     def load(system: str, test_set: str, number: int) -> list[cost.Utterance]:
-        read = SpeechReader(data_root / test_set, recognisers[system].asr_train_args)
+        data_dir = test_set_dir(data_root, test_set)
+        read = SpeechReader(data_dir, recognisers[system].asr_train_args)
         utt_ids = cost.evenly_spaced(list(seconds[test_set]), number)
         return [cost.Utterance(read(u), seconds[test_set][u]) for u in utt_ids]
 

@@ -97,6 +97,20 @@ def test_what_was_not_decoded_counts_as_deletions_and_is_listed(decoded):
     assert list(collect(decoded, depths=[4])[0].not_decoded) == ["u3"]
 
 
+def test_of_a_validation_set_all_of_it_is_scored(decoded):
+    """Stage 4 left out u2, and stage 3 dropped u3."""
+    dump = decoded / "dump"
+    (dump / "org").mkdir()
+    (dump / "test").rename(dump / "org" / "test")
+    write_table(dump / "org/test/dropped.txt", {"u3": "no samples"})
+    write_table(dump / "org/test/dropped_text", {"u3": "five"})
+    write_table(dump / "test/text", {"u1": "one two three"})
+    four, _ = collect(decoded)
+    totals = four.words.totals()
+    assert (totals["wrd"], totals["del"]) == (5, 1)
+    assert four.not_decoded == {"u3": "no samples"}
+
+
 @pytest.fixture
 def stopped(decoded):
     """The same with early stopping: one edit at a mean depth of 3, two at 2."""

@@ -314,16 +314,25 @@ train_model() { # train_model EXP STATS_DIR [options of asr_train]...
     run_training "${exp}" "${python}" -m dldkit.bin.asr_train "${options[@]}"
 }
 
+test_set_dir() { # test_set_dir SET: without the length filter of stage 4
+    if [ -d "${data_feats}/org/$1" ]; then # it is the validation set, too
+        echo "${data_feats}/org/$1"
+    else
+        echo "${data_feats}/$1"
+    fi
+}
+
 num_layers() { # num_layers EXP
     "${python}" -m dldkit.bin.merge_config "$1/config.yaml" --select encoder_conf.num_blocks
 }
 
 decode() { # decode EXP DEPTHS CALIBRATED_DEPTHS [EXIT_THRESHOLDS]
-    local exp=$1 set data_dirs=()
+    local exp=$1 set dir data_dirs=()
     stage_needs "${exp}/${inference_asr_model}" "its training"
     for set in ${test_sets}; do
-        stage_needs "${data_feats}/${set}/${scp}" "stage 3"
-        data_dirs+=("${data_feats}/${set}")
+        dir=$(test_set_dir "${set}")
+        stage_needs "${dir}/${scp}" "stage 3"
+        data_dirs+=("${dir}")
     done
     if "${use_depth_profile}" && [ -n "$3" ]; then
         "${python}" -m dldkit.bin.calibrate \
