@@ -130,6 +130,29 @@ def test_a_stage_without_the_one_before_says_which(tmp_path):
         assert f"run {needed} first" in text
 
 
+def test_of_a_validation_set_all_of_it_is_decoded(tmp_path):
+    """Also what stage 4 left out; what would decode it is shown, and not run."""
+    recipe = copy_of_the_recipes(tmp_path) / "mini_an4" / "asr1"
+    shell("./run.sh", "--stop_stage", 4, "--max_wav_duration", 2.1, cwd=recipe)
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *bin.decode*) echo "$*" ;; '
+        f'*) exec {sys.executable} "$@" ;; esac\n'
+    )
+    python.chmod(0o755)
+    exp = recipe / "exp" / "asr_untrained"
+    exp.mkdir(parents=True)
+    (exp / "valid.loss_ctc.ave.pth").touch()
+    words = ["--stage", 12, "--stop_stage", 12, "--asr_exp", exp, "--python", python]
+    text = shell("./run.sh", *words, "--use_depth_profile", "false", cwd=recipe)
+    assert "--data_dirs dump/raw/org/train_dev dump/raw/test --depths" in text
+    sizes = [
+        len((recipe / f"dump/raw/{name}/text").read_text().splitlines())
+        for name in ("org/train_dev", "train_dev")
+    ]
+    assert sizes == [2, 1]
+
+
 def test_settings_with_commas_and_colons_give_a_name_that_espnet_takes(tmp_path):
     recipe = copy_of_the_recipes(tmp_path) / "mini_an4" / "asr1"
     drawn = "--encoder_conf depth_sampler={4:1,2:1}"
