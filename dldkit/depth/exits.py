@@ -25,7 +25,7 @@ def depths_of_exits(
             raise UserError(f"exits: {exits}: write a number above 0, or depths")
         exits = range(exits, num_layers, exits)
     for depth in exits:
-        if not 1 <= depth < num_layers:
+        if not isinstance(depth, int) or not 1 <= depth < num_layers:
             raise UserError(
                 f"exits {list(exits)}: {depth!r} is no depth below the {num_layers} "
                 "layers that there are"
