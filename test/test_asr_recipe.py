@@ -295,23 +295,6 @@ def test_a_second_run_keeps_everything(an4):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_of_a_validation_set_all_of_it_is_decoded_and_scored(an4, tmp_path):
-    shutil.copytree(an4.student, tmp_path / "asr_copy")
-    words = ["--dumpdir", tmp_path / "dump", "--asr_exp", tmp_path / "asr_copy"]
-    words += ["--stage", 3, "--stop_stage", 13, "--skip_stages", "5 6 7 8 9 10 11"]
-    words += ["--max_wav_duration", 2.1, "--inference_tag", "all"]
-    words += ["--inference_depths", 2, "--exit_thresholds", "none"]
-    an4.run(*words, "--use_depth_profile", "false", "--rtf_utts", 0)
-    kept = (tmp_path / "dump/raw/train_dev/text").read_text().splitlines()
-    decoded = tmp_path / "asr_copy/all/depth2/train_dev/text"
-    assert len(kept) == 1 and len(decoded.read_text().splitlines()) == 2
-    results = json.loads((tmp_path / "asr_copy/results.json").read_text())["results"]
-    (ours,) = [r for r in results if r["test_set"] == "train_dev"]
-    texts = (an4.recipe / "data/train_dev/text").read_text().splitlines()
-    words = sum(len(line.split()) - 1 for line in texts)
-    assert ours["words"]["wrd"] == words and not ours["not_decoded"]
-
-
 def test_audio_in_arks(an4):
     words = ["--dumpdir", "arks", "--audio_format", "flac.ark", "--asr_tag", "arks"]
     words += ["--asr_stats_dir", an4.exp / "arks stats", "--asr_args", "--max_epoch 2"]
