@@ -13,12 +13,7 @@ from dldkit.asr.loading import load_asr_model
 from dldkit.asr.posteriors import pack, refuse_impossible_top_k
 from dldkit.asr.reference import POSTERIORS, Description
 from dldkit.asr.speech import SpeechReader, speech_source, utterance_ids
-from dldkit.data.frames import (
-    Part,
-    collect,
-    model_digest,
-    parts_of,
-)
+from dldkit.data.frames import Part, collect, model_digest, parts_of
 from dldkit.parallel import refuse_missing_gpu
 from dldkit.step import Step
 

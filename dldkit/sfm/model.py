@@ -329,12 +329,13 @@ class SFMDistillModel(AbsESPnetModel):
         self._loaded.add(part)
 
     def _is_loaded(self, part: torch.nn.Module, option: str) -> bool:
-        if part in self._loaded:
+        is_loaded = part in self._loaded
+        if is_loaded:
             logging.info(
                 f"{option} is not done, because weights were loaded (init_param, or a "
                 "training that is resumed)"
             )
-        return part in self._loaded
+        return is_loaded
 
     def _copy_layers(self) -> None:
         path = self.teacher_path
