@@ -134,13 +134,22 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
         seed=seed,
         epochs=len(epochs),
         steps=int(epochs[-1]["total_count"]),
-        depth=float(np.mean([float(e.get("layers_run", layers)) for e in epochs])),
+        depth=float(np.mean([_layers_of_step(e, layers) for e in epochs])),
         macs=found,
         words=words,
         errors=errors,
         conf=conf,
         environment=environment(),
     )
+
+
+def _layers_of_step(epoch: Mapping[str, Any], layers: int) -> float:
+    """Return how many layers an epoch's steps ran; a static model reports none.
+
+    A training from before there was `layers_run` has `depth`, the mean of a step's
+    forwards, which are one but with a sandwich.
+    """
+    return float(epoch.get("layers_run", epoch.get("depth", layers)))
 
 
 def _sampler(encoder: Mapping[str, Any]) -> DepthSampler:
