@@ -229,8 +229,13 @@ def _num_layers(config: DictConfig) -> Any:
     file = Path(str(OmegaConf.select(config, "encoder_conf.model")), "config.json")
     if not file.is_file():
         return None
-    model = json.loads(file.read_text(encoding="utf-8"))
-    return model.get("encoder_layers", model.get("num_hidden_layers"))
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))
+        return model.get("encoder_layers", model.get("num_hidden_layers"))
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"{file} is not the JSON object of a Hugging Face model: fetch it again"
+        ) from None
 
 
 def _check_encoder(options: Mapping[str, str], config: DictConfig) -> None:

@@ -529,12 +529,12 @@ class TestPretrainedEncoder:
 
     @pytest.fixture
     def check_hf(self, check):
-        def run(model="model", **changes):
+        def run(model="model", model_config='{"num_hidden_layers": 6}', **changes):
             config = dict(encoder="ld_hf", input_size=1, encoder_conf=dict(model=model))
             config["best_model_criterion"] = [["valid", "loss_ctc", "min"]]
             Path("conf/train_hf.yaml").write_text(yaml.safe_dump(config))
             Path("model").mkdir(exist_ok=True)
-            Path("model/config.json").write_text('{"num_hidden_layers": 6}')
+            Path("model/config.json").write_text(model_config)
             options = dict(asr_config="conf/train_hf.yaml", feats_normalize="none")
             return check(**{**options, **changes})
 
@@ -545,6 +545,11 @@ class TestPretrainedEncoder:
         assert (settings["exits"], settings["valid_depths"]) == ("2 4", "[6,2]")
         with pytest.raises(UserError, match="the encoder has 6 layers"):
             check_hf(inference_depths="12")
+
+    @pytest.mark.parametrize("text", ["<!DOCTYPE html>", "[12]", ""])
+    def test_refuses_what_is_no_config(self, check_hf, text):
+        with pytest.raises(UserError, match="model/config.json is not the JSON object"):
+            check_hf(model_config=text, inference_depths="6")
 
     def test_of_the_hub_has_to_be_said(self, check_hf):
         hub = dict(model="user/name", inference_depths="12 6")
