@@ -282,8 +282,9 @@ class Lock:
             if holder.get("token") == self.token:
                 with suppress(OSError):  # a disk that is away for a moment
                     os.utime(self.path)
-            elif not holder:  # removed by mistake
-                self._create()
+            elif not holder:  # removed by mistake, or the disk is away for a moment
+                with suppress(UserError):
+                    self._create()
             else:
                 # This machine slept, or could not reach the disk, for so long that
                 # another one took over. Two must not write here.

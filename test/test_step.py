@@ -222,6 +222,18 @@ def test_who_lost_the_lock_stops(holder, tmp_path):
     assert process.wait(60) == -signal.SIGTERM
 
 
+def test_a_disk_that_is_away_for_a_moment_does_not_end_the_heartbeat(quick, tmp_path):
+    directory = tmp_path / "exp"
+    directory.mkdir()
+    with Lock(directory / ".lock") as lock:
+        directory.rename(tmp_path / "away")
+        time.sleep(1)
+        (tmp_path / "away").rename(directory)
+        before = lock.path.stat().st_mtime_ns
+        time.sleep(1)
+        assert lock.path.stat().st_mtime_ns > before
+
+
 def test_of_many_waiting_processes_one_holds_it_at_a_time(tmp_path):
     """Each adds one to a number, which loses counts when two do so at once."""
     work = textwrap.dedent("""
