@@ -392,6 +392,7 @@ def test_cached_posteriors_are_data_of_the_student(an4):
     assert "Stage 9: Posteriors of the reference" in text
     config = yaml.safe_load((an4.exp / "asr_third" / "config.yaml").read_text())
     cache = config["model_conf"]["reference"]
+    assert Path(cache).name == "posteriors_top5"  # those of another number stay
     for part in ("train", "valid"):
         entries = config[f"{part}_data_path_and_name_and_type"]
         assert [f"{cache}/posteriors.scp", "posteriors", "numpy_ark"] in entries

@@ -155,7 +155,7 @@ def _draw(
     rng = random.Random(seed)
     sample = rng.sample(utts, min(num_utts, len(utts)))
     rest = sorted(set(utts) - set(sample))
-    if rest:
+    if len(rest) > 1:  # one alone can not judge
         return sample, rng.sample(rest, min(HELD_BACK, len(rest)))
     # All that there is: a tenth of it judges.
     held_back = min(HELD_BACK, len(sample) // 10)
@@ -246,6 +246,12 @@ def _judged(
             losses.append(np.array([_ctc_loss(model, *utt) for utt in utts]))
     encoder.attach_depth_profile(None)
     finite = np.isfinite(losses).all(0)  # a transcript may be too long for its speech
+    if finite.sum() < 2:
+        logging.warning(
+            f"depth {len(depth.layers)}: the estimated statistics are not judged, as "
+            "fewer than two held-back utterances have a transcript that fits them"
+        )
+        return depth
     before, after = (values[finite] for values in losses)
     depth.ctc_loss = (float(before.mean()), float(after.mean()))
     message = (
@@ -270,4 +276,5 @@ def _ctc_loss(model: ESPnetASRModel, features: Batch, transcript: np.ndarray) ->
         encoded = encoded[0]
     text = torch.from_numpy(transcript)[None]
     loss = model.ctc(encoded, lengths, text, torch.tensor([text.size(1)]))
-    return math.inf if not loss.isfinite() else float(loss)
+    # zero_infinity, ESPnet's default, says 0 where a transcript is too long
+    return float(loss) if loss > 0 and loss.isfinite() else math.inf

@@ -94,9 +94,7 @@ def test_statistics_against_a_direct_computation(model, corpus, unlabelled, batc
 
 
 @pytest.mark.parametrize("normalize", ["global_mvn", "utterance_mvn"])
-def test_features_are_the_same_for_every_depth(
-    build, corpus, tmp_path, normalize, python
-):
+def test_features_are_the_same_for_every_depth(build, corpus, tmp_path, normalize):
     """ESPnet normalises in place, but batches serve several depths: each as it is."""
     data, stats = tmp_path / "data", tmp_path / "stats.npz"
     data.mkdir()
@@ -121,10 +119,9 @@ def test_features_are_the_same_for_every_depth(
     model = tmp_path / "exp" / "valid.loss_ctc.best.pth"
     together = calibrate(model, data, depths=(4, 3, 2))
     profile_path(model).unlink()
-    for layers, depth in together.items():  # each in a process of its own
-        command = ["-m", "dldkit.bin.calibrate", "--asr_model_file", model]
-        python(*command, "--data_dir", data, "--depths", len(layers))
-        alone = DepthProfile.load(profile_path(model)).depths[layers]
+    for layers, depth in together.items():
+        alone = calibrate(model, data, depths=[len(layers)])[layers]
+        profile_path(model).unlink()
         assert depth.statistics.keys() == alone.statistics.keys()
         for name, (mean, variance) in depth.statistics.items():
             assert torch.equal(mean, alone.statistics[name][0])
@@ -200,6 +197,17 @@ class TestJudgement:
         speech = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
         calibrated = Speech2Text(*files, depth=2)
         assert plain(speech)[0][3].score == calibrated(speech)[0][3].score
+
+    def test_transcripts_that_fit_no_speech_judge_nothing(self, model, many, caplog):
+        utts = [line.split()[0] for line in open(many / "text")]
+        (many / "text").write_text("".join(f"{u}{' one' * 999}\n" for u in utts))
+        for depth in calibrate(model, many, num_utts=9).values():
+            assert depth.statistics and depth.ctc_loss is None
+        assert "the estimated statistics are not judged" in caplog.text
+
+    def test_a_tenth_judges_where_one_utterance_is_left(self, many):
+        sample, held_back = calibration._draw(many, num_utts=26, seed=0)
+        assert (len(sample), len(held_back)) == (24, 2)
 
     def test_losses_are_those_of_utterances_that_were_not_used(
         self, model, many, monkeypatch

@@ -168,9 +168,10 @@ suffix=${sp}${seed:+_seed${seed}}
 reference_config=${reference_config:-${asr_config}}
 reference_tag=${reference_tag:-${reference_system}$(name_of "${reference_config}" train_asr)${data_tag}$(name_of_args "${reference_args}")${suffix}}
 reference_exp=${expdir}/asr_${reference_tag}
+top=${top_k:+_top${top_k}} # a directory for each: others may be read by a training
 if [ -z "${asr_tag}" ]; then
     asr_tag=${system}$(name_of "${asr_config}" train_asr)${data_tag}$(name_of_args "${asr_args}")${suffix}
-    if "${needs_reference}" && [ "${kd_source}" == cached ]; then asr_tag+=_cached; fi
+    if "${needs_reference}" && [ "${kd_source}" == cached ]; then asr_tag+=_cached${top}; fi
 fi
 if [ -n "${asr_exp}" ]; then asr_tag=$(basename "${asr_exp}"); fi
 asr_exp=${asr_exp:-${expdir}/asr_${asr_tag}}
@@ -198,9 +199,9 @@ elif [ "${kd_source}" == live ]; then
     no_posteriors="the reference runs beside the student"
     reference=${reference_model}
 elif [ -n "${reference}" ]; then
-    reference=${asr_exp}/posteriors
+    reference=${asr_exp}/posteriors${top}
 else
-    reference=${reference_exp}/posteriors
+    reference=${reference_exp}/posteriors${top}
 fi
 if "${needs_reference}"; then
     student_settings+=("model_conf.reference=${reference}")
