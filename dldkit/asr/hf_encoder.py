@@ -16,6 +16,7 @@ from dldkit.depth.sampler import build_sampler
 from dldkit.errors import UserError
 from dldkit.hf_options import check_values
 from dldkit.options import sampling_rate
+from dldkit.signature import checked_options
 
 RATE = 16000
 
@@ -71,9 +72,10 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
         UserError: for options out of range, or a model that can not be had or used.
     """
 
+    @checked_options
     def __init__(
         self,
-        input_size: int,
+        input_size: Optional[int],
         model: str,
         freeze_cnn: bool = True,
         freeze_steps: int = 0,

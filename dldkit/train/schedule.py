@@ -8,6 +8,7 @@ from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.schedulers.abs_scheduler import AbsBatchStepScheduler
 
 from dldkit.errors import UserError
+from dldkit.signature import checked_options
 
 NEED_LOSSES = ("reduce_lr_on_plateau", "greedy")
 
@@ -59,6 +60,7 @@ class TransformersSchedule(AbsBatchStepScheduler):
         UserError: for a ratio outside of 0 to 1.
     """
 
+    @checked_options
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

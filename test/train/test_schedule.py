@@ -44,6 +44,12 @@ def test_refuses_what_is_no_share(ratio):
         rates(10, warmup_ratio=ratio)
 
 
+def test_refuses_what_yaml_takes_for_text():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(UserError, match="warmup_ratio: '7e-2' is no float"):
+        TransformersSchedule(optimizer, warmup_ratio="7e-2")
+
+
 @pytest.mark.parametrize("name", ["triangle", "reduce_lr_on_plateau", "greedy"])
 def test_refuses_another_name(name):
     with pytest.raises(UserError, match=f"scheduler_conf name {name}"):
