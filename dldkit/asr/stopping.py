@@ -1,5 +1,6 @@
 """Early stopping: an utterance leaves the encoder where CTC is sure of it."""
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -170,18 +171,33 @@ def thresholds_on(
     utts = random.Random(0).sample(utts, min(NUM_UTTS, len(utts)))
     read = SpeechReader(data_dir, recogniser.asr_train_args)
     speech = sorted(map(read, utts), key=len)
-    rows = []
+    rows: list[torch.Tensor] = []
     for begin in range(0, len(speech), BATCH_SIZE):
-        try:
-            batch = recogniser.padded(speech[begin : begin + BATCH_SIZE])
-            with model.encoder.collected(exits) as outputs:
-                _, lengths = model.encode(**batch)
-        except TooShortUttError:
-            # or too long: as they are sorted, so is most of the batch
-            continue
-        log_probs = (log_probs_at(model, *output) for output in outputs.items())
-        rows.append(torch.stack([entropy(x, lengths) for x in log_probs], 1).cpu())
-    if not rows:
+        rows += _entropies(recogniser, speech[begin : begin + BATCH_SIZE], exits)
+    used = sum(map(len, rows))
+    if not used:
         raise UserError(f"{data_dir}: all of {len(utts)} utterances are too short")
+    if used < len(utts):
+        logging.warning(
+            f"{data_dir}: thresholds are chosen on {used} of {len(utts)} utterances: "
+            "the others are too short or too long for the encoder"
+        )
     deepest = len(model.encoder.active_layers)
     return choose_thresholds(torch.cat(rows).numpy(), exits, deepest, targets)
+
+
+def _entropies(
+    recogniser: Any, speech: Sequence[np.ndarray], exits: Sequence[int]
+) -> list[torch.Tensor]:
+    """Return each exit's entropy (Batch, Exits), without utterances that do not fit."""
+    model = recogniser.asr_model
+    try:
+        with model.encoder.collected(exits) as outputs:
+            _, lengths = model.encode(**recogniser.padded(speech))
+    except TooShortUttError:  # or too long: one of them spoils the batch
+        if len(speech) == 1:
+            return []
+        return [row for utt in speech for row in _entropies(recogniser, [utt], exits)]
+    log_probs = (log_probs_at(model, *output) for output in outputs.items())
+    found = torch.stack([entropy(x, lengths) for x in log_probs], 1)
+    return [found[lengths > 0].cpu()]

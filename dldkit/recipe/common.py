@@ -62,7 +62,13 @@ def check_common(options: Mapping[str, str]) -> dict[str, str]:
         if name in options and options[name] != UNSET.get(name):
             check_integer(name, options[name], least)
     if "frame_shift" in options:
-        number("frame_shift", options["frame_shift"], 0.0)
+        shift = number("frame_shift", options["frame_shift"], 0.0)
+        if options["feats_type"] == "fbank" and shift != 0.01:
+            raise UserError(
+                f"--frame_shift {options['frame_shift']}: --feats_type fbank makes a "
+                "frame every 0.01 s; leave it out, or bring your own features with "
+                "--feats_type extracted"
+            )
     longest = number("max_wav_duration", options["max_wav_duration"], 0.0)
     if number("min_wav_duration", options["min_wav_duration"], -1e-9) >= longest:
         raise UserError(

@@ -293,6 +293,18 @@ class TestThresholds:
             found = speech2text(speech, exit_threshold=threshold)
             assert np.mean([r[0][3].depth for r in found]) == depth
 
+    def test_a_short_utterance_does_not_spoil_those_of_its_batch(
+        self, recogniser, corpus, tmp_path, caplog
+    ):
+        (without,) = thresholds_on(recogniser(), corpus.train, [3])
+        soundfile.write(tmp_path / "short.wav", np.zeros(300), 8000)
+        wavs = (corpus.train / "wav.scp").read_text()
+        (tmp_path / "wav.scp").write_text(f"{wavs}zz {tmp_path}/short.wav\n")
+        (alone,) = thresholds_on(recogniser(), tmp_path, [3])
+        # in a batch, padding enters convolutions
+        assert alone == pytest.approx(without, abs=0.05)
+        assert "chosen on 9 of 10 utterances" in caplog.text
+
 
 def test_command_writes_the_depths(recogniser, corpus, tmp_path, caplog):
     caplog.set_level(logging.INFO)

@@ -77,6 +77,7 @@ BAD_ASR = """
 --reference_tag a:b | --reference_tag a:b: choose a path without commas and colons
 --exit_thresholds 0.1 --selector even | leave out --selector even
 --exit_thresholds 0.1 --inference_args "--beam_size 5" | leave out --beam_size
+--feats_type fbank --frame_shift 0.02 | makes a frame every 0.01 s; leave it out
 --feats_type mfcc | --feats_type mfcc: choose one of raw, fbank, extracted
 --token_type phone | --token_type phone: choose one of char, bpe, word
 --audio_format mp3 | --audio_format mp3: choose one of flac, wav

@@ -48,7 +48,7 @@ feats_type=raw  # raw (audio), fbank, or extracted (your own feats.scp in data/*
 audio_format=flac  # of raw: flac or wav, a file each; flac.ark or wav.ark, for big corpora
 fs=16000  # sampling rate in Hz, or 16k; other audio is resampled
 n_mels=80  # dimension of fbank
-frame_shift=0.01  # seconds between the frames of fbank and extracted
+frame_shift=0.01  # seconds between the frames of extracted; those of fbank have 0.01
 min_wav_duration=0.1  # shorter training and validation utterances are left out (seconds)
 max_wav_duration=20  # longer ones too (seconds)
 
