@@ -7,7 +7,7 @@ def register() -> None:
     """Add dldkit's classes to ESPnet's choices; calling it again does nothing."""
     from dldkit import patches
 
-    patches.silence_flash_attention()
+    patches.prepare_espnet()
     from dldkit.registry import register as register_classes
 
     register_classes()

@@ -10,4 +10,4 @@ if find_spec("transformers") is None:
 
 from dldkit import patches
 
-patches.silence_flash_attention()
+patches.prepare_espnet()

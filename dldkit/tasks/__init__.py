@@ -1,3 +1,3 @@
 from dldkit import patches
 
-patches.silence_flash_attention()
+patches.prepare_espnet()
