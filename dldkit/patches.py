@@ -18,11 +18,11 @@ What it changes for s3prl is in `dldkit.sfm.superb` (`s3prl_main` and `upstream`
 - `be_importable_as_main`: processes that multi-GPU training spawns import their
   parent's main module, except for one that is called `__main__`, as that of
   `python -m dldkit` is. It replaces `sys.modules["__main__"]`.
-- `prepare_espnet`, before ESPnet is imported: it prints in each process that a package is
-  missing which it does not need. Its module is imported early, and that one line is
+- `prepare_espnet`, before ESPnet is imported: it prints in each process that a package
+  is missing which it does not need. Its module is imported early, and that one line is
   dropped. And each of its functions that checks types is compiled anew at import, which
-  takes a third of the ten seconds in which a command starts; here, it is when the function
-  is called first. It replaces `typeguard.typechecked`.
+  is a third of the ten seconds that a command takes to start; here, it is compiled when
+  it is first called. It replaces `typeguard.typechecked`.
 """
 
 import contextlib

@@ -396,8 +396,8 @@ def test_cached_posteriors_are_data_of_the_student(an4):
     for part in ("train", "valid"):
         entries = config[f"{part}_data_path_and_name_and_type"]
         assert [f"{cache}/posteriors.scp", "posteriors", "numpy_ark"] in entries
-    again = an4.run(*words, "--asr_tag", "third", "--asr_args", "--max_epoch 1")
-    assert again.count("is finished already, kept") >= 2
+    again = an4.run(*words, "--asr_tag", "third", "--stop_stage", 9)
+    assert "posteriors_top5 is finished already, kept" in again
 
 
 def test_a_published_model_is_what_a_training_starts_from(an4, tmp_path):
@@ -427,8 +427,8 @@ def test_a_published_model_is_what_a_training_starts_from(an4, tmp_path):
     results = json.loads((student / "results.json").read_text())["results"]
     both = {"from_some_body", "anytime_raw_from_some_body_max_epoch1"}
     assert {r["system"] for r in results} == both
-    again = an4.run(*words, "--stop_stage", 11, env=env)
-    assert again.count("is finished already, kept") >= 2
+    again = an4.run(*words, "--stop_stage", 5, env=env)
+    assert "is finished already, kept" in again
 
 
 @pytest.mark.slow
