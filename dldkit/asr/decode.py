@@ -8,7 +8,7 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import torch
 
@@ -99,7 +99,8 @@ def decode_depths(
     statistics = calibrated(model_file)
     kinds = {f"depth{depth}": ["--depth", str(depth)] for depth in sorted(depths)}
     asked, depths = exit_thresholds, sorted(depths)
-    for threshold in _thresholds(asked, model, valid_dir, depths, Path(output_dir)):
+    chosen = _thresholds(asked, model, statistics, valid_dir, depths, Path(output_dir))
+    for threshold in chosen:
         kinds[threshold_name(threshold)] = ["--exit_threshold", str(threshold)]
     parts = math.ceil(nj / (len(kinds) * len(data_dirs)))
     with ExitStack() as steps:
@@ -175,6 +176,7 @@ def _options(argv: list[str]) -> dict[str, Any]:
 def _thresholds(
     asked: Union[str, Sequence[float]],
     model: list[str],
+    statistics: Mapping[int, str],
     valid_dir: Union[str, Path, None],
     depths: Sequence[int],
     output_dir: Path,
@@ -189,7 +191,6 @@ def _thresholds(
         if valid_dir is None:
             raise UserError("--exit_thresholds auto: say on what speech by --valid_dir")
         options = _options(model)
-        statistics = calibrated(Path(options["asr_model_file"]))
         files, relevant = _inputs(Path(valid_dir), model, statistics)
     with Step(path.parent, files, True, asked=asked, depths=depths, **relevant) as step:
         if step.done and path.is_file():
