@@ -38,8 +38,6 @@ class Stacking:
         alpha: exponent of `prop`.
         fractions: share of each stage of `fractions`.
         optimizer_state: clones `copy` the moments of their original, or have `zero`.
-        stage_warmup_steps: optimiser steps after each growth during which the learning
-            rate rises linearly to what the scheduler says.
         random_depth: which stages draw the layers of each step, for a model with a
             depth_sampler: `always` | `last_stage`; the others run all layers they have.
         total_steps: optimiser steps of the whole training; None = max_epoch times the
@@ -57,7 +55,6 @@ class Stacking:
         alpha: float = 1.0,
         fractions: Optional[Sequence[float]] = None,
         optimizer_state: str = "copy",
-        stage_warmup_steps: int = 0,
         random_depth: str = "always",
         total_steps: Optional[int] = None,
     ):
@@ -73,7 +70,6 @@ class Stacking:
         self.depths = list(depths)
         self.copy_maps = copy_maps(method, self.depths)
         self.optimizer_state = optimizer_state
-        self.stage_warmup_steps = stage_warmup_steps
         self.random_depth = random_depth
         self.total_steps = total_steps
         self.boundaries_of = partial(
@@ -129,7 +125,6 @@ class Stacking:
             f"{[0, *self.boundaries]} of {total} optimiser steps"
         )
         handles = [
-            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_load_state_dict_post_hook(self._resume),
             model.register_forward_hook(self._report),
@@ -143,7 +138,7 @@ class Stacking:
 
     @property
     def place(self) -> dict[str, Any]:
-        """Optimiser steps done, steps done when this stage began, its depth; depths."""
+        """Optimiser steps done, depth of this stage, and those of all stages."""
         return self.optimizer.param_groups[0]["stacking"]
 
     @property
@@ -152,12 +147,7 @@ class Stacking:
         return self.depths.index(self.place["depth"])
 
     def _begin(self, step: int, depth: int) -> None:
-        place = {
-            "step": step,
-            "stage_began": step,
-            "depth": depth,
-            "depths": self.depths,
-        }
+        place = {"step": step, "depth": depth, "depths": self.depths}
         self.optimizer.param_groups[0]["stacking"] = place
         self._select(depth)
 
@@ -177,17 +167,7 @@ class Stacking:
             )
         self._select(self.place["depth"])
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Lower the learning rate for one step, in a stage's warm-up."""
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        done = self.place["step"] - self.place["stage_began"] + 1
-        if self.stage > 0 and done < self.stage_warmup_steps:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * done / self.stage_warmup_steps
-
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates):
-            group["lr"] = rate
         self.place["step"] += 1
         step, stage = self.place["step"], self.stage
         if stage < len(self.boundaries) and step >= self.boundaries[stage]:

@@ -61,7 +61,6 @@ def test_print_config_shows_all_options(task, monkeypatch):
         alpha=1.0,
         fractions=None,
         optimizer_state="copy",
-        stage_warmup_steps=0,
         random_depth="always",
         total_steps=None,
     )

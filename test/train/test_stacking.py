@@ -14,7 +14,6 @@ from typing import Optional
 import espnet2.train.trainer
 import pytest
 import torch
-from espnet2.schedulers.warmup_lr import WarmupLR
 from espnet2.train.distributed_utils import DistributedOption
 from espnet2.train.reporter import Reporter
 
@@ -292,76 +291,6 @@ class TestBoundaries:
         assert [v["depth"] for v in valid.values()] == [2, 4, 4]
         train = epochs_of(tmp_path / "exp", "train")
         assert [v["depth"] for v in train.values()] == [1.5, 3, 4]
-
-
-class TestWarmUp:
-    """The meter falls by the learning rate in each step."""
-
-    @staticmethod
-    def rates(warmup, scheduler_of, steps=9, **options):
-        model = Tower(4)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        for layer in model.layers.parameters():
-            layer.requires_grad = False
-        scheduler = scheduler_of(optimizer)
-        used, scheduled = [], []
-        stacking = Stacking(
-            depths=[1, 2, 4], method="stack", stage_warmup_steps=warmup, **options
-        )
-        with stacking.attached(model, optimizer, steps, 1):
-            for _ in range(steps):
-                before = model.meter.item()
-                scheduled.append(optimizer.param_groups[0]["lr"])
-                optimizer.zero_grad()
-                model(torch.ones(1, 2))[0].backward()
-                optimizer.step()
-                scheduler.step()
-                used.append(before - model.meter.item())
-        return used, scheduled
-
-    @pytest.mark.parametrize(
-        "warmup, expected",
-        [
-            (0, [1] * 9),
-            (1, [1] * 9),
-            (2, [1, 1, 1, 1 / 2, 1, 1, 1 / 2, 1, 1]),
-            (3, [1, 1, 1, 1 / 3, 2 / 3, 1, 1 / 3, 2 / 3, 1]),
-            # longer than a stage: the next one begins it anew
-            (4, [1, 1, 1, 1 / 4, 2 / 4, 3 / 4, 1 / 4, 2 / 4, 3 / 4]),
-        ],
-    )
-    def test_of_a_constant_rate(self, warmup, expected):
-        used, scheduled = self.rates(
-            warmup, lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1.0)
-        )
-        assert used == pytest.approx(expected)
-        assert scheduled == [1.0] * 9
-
-    def test_leaves_espnets_scheduler_as_it_is(self):
-        used, scheduled = self.rates(3, lambda o: WarmupLR(o, warmup_steps=5))
-        # Noam: min(step ** -0.5, step * 5 ** -1.5) * 5 ** 0.5
-        noam = [5**0.5 * min(s**-0.5, s * 5**-1.5) for s in range(1, 10)]
-        assert scheduled == pytest.approx(noam)
-        factors = [1, 1, 1, 1 / 3, 2 / 3, 1, 1 / 3, 2 / 3, 1]
-        assert used == pytest.approx([r * f for r, f in zip(noam, factors)])
-
-    def test_of_all_parameter_groups(self):
-        model = Tower(2)
-        groups = [
-            {"params": list(model.layers.parameters()), "lr": 0.5},
-            {"params": [model.meter], "lr": 4.0},
-        ]
-        optimizer = torch.optim.SGD(groups)
-        used = []
-        conf = dict(depths=[1, 2], method="stack", stage_warmup_steps=2)
-        with Stacking(**conf).attached(model, optimizer, 4, 1):
-            optimizer.register_step_pre_hook(
-                lambda o, *_: used.append([g["lr"] for g in o.param_groups])
-            )
-            for _ in range(4):
-                optimizer.step()
-        assert used == [[0.5, 4], [0.5, 4], [0.25, 2], [0.5, 4]]
-        assert [g["lr"] for g in optimizer.param_groups] == [0.5, 4]
 
 
 class TestRefusals:
