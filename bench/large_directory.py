@@ -61,7 +61,8 @@ def commands(root: Path, nj: int, audio_format: str) -> dict[str, list[str]]:
         "2 speeds": f"perturb_speed {root}/data/train {root}/data/train_sp".split(),
         "3 format": f"format_data {root}/data/train {root}/dump/new --nj {nj} "
         f"--audio_format {audio_format}".split(),
-        "4 length": f"filter_data {root}/dump/org/train {root}/dump/kept".split(),
+        "4 length": f"filter_data --fs {FS} {root}/dump/org/train "
+        f"{root}/dump/kept".split(),
         "5 tokens": f"make_token_list --text {data}/text --output {tokens}/tokens.txt "
         "--nbpe 256".split(),
         "10 statistics": f"collect_stats asr --nj {nj} --stats_utts 200 --output_dir "

@@ -158,9 +158,8 @@ def bpe(corpus) -> dict[str, str]:
         corpus.root / "bpe" / "bpe.model",
     )
     tokens.parent.mkdir()
-    files = ["--text", corpus.train / "text", "--output", tokens]
-    units = ["--nbpe", 20, "--bpe_model_prefix", model.with_suffix("")]
-    main([str(word) for word in (*files, "--token_type", "bpe", *units)])
+    files = ["--text", str(corpus.train / "text"), "--output", str(tokens)]
+    main([*files, "--token_type", "bpe", "--nbpe", "20"])
     return dict(token_type="bpe", token_list=str(tokens), bpemodel=str(model))
 
 

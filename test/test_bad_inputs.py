@@ -117,7 +117,7 @@ BAD = [
     ("format_data {bad}/twice {tmp}/out", "line 2: u is there twice"),
     ("format_data {bad}/unlike {tmp}/out", "lacks 1 key.*mend the data preparation"),
     ("format_data {bad}/latin {tmp}/out", "is not UTF-8"),
-    ("filter_data /not/there {tmp}/out", "/not/there does not exist"),
+    ("filter_data --fs 16000 /not/there {tmp}/out", "/not/there does not exist"),
     ("validate_data {bad}/unlike", "lacks 1 key"),
     ("perturb_speed --factors fast {data} {tmp}/sp", "speed factor 'fast'"),
     (

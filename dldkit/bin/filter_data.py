@@ -21,9 +21,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max_length", type=float, default=20.0, help="as min_length")
     parser.add_argument(
-        "--fs",
-        type=sampling_rate,
-        help="sampling rate in Hz; default: asks the first file",
+        "--fs", type=sampling_rate, required=True, help="sampling rate in Hz"
     )
     parser.add_argument(
         "--no_text", action="store_true", help="take data without transcripts"

@@ -37,11 +37,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--n_mels", type=positive, default=80, help="dimension of fbank"
     )
-    parser.add_argument(
-        "--channel",
-        type=int,
-        help="to read, from 0, where the directory names none; default: all, mixed",
-    )
     add_job_options(parser)
     parser.add_argument(
         "--no_text", action="store_true", help="take data without transcripts"
@@ -53,9 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd=None) -> None:
     """Write the formatted directory."""
     args = parse(get_parser(), cmd)
-    form = Format(
-        args.feats_type, args.fs, args.audio_format, args.n_mels, args.channel
-    )
+    form = Format(args.feats_type, args.fs, args.audio_format, args.n_mels)
     format_data(
         args.src,
         args.dst,

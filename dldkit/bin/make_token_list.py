@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the token list, and the BPE model it needs (stage 5)."""
+"""Make the token list, and the BPE model it needs beside it (stage 5)."""
 
 import argparse
 
@@ -18,11 +18,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--nbpe", type=positive, default=256, help="number of BPE units"
     )
-    parser.add_argument(
-        "--bpe_model_prefix", help="BPE model to write; default: beside the list"
-    )
     parser.add_argument("--bpe_mode", choices=("unigram", "bpe"), default="unigram")
-    parser.add_argument("--character_coverage", type=float, default=1.0)
     return parser
 
 

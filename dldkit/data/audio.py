@@ -46,26 +46,18 @@ class FromStartToEnd(soundfile.SoundFile):
         return False
 
 
-def read_audio(
-    path: str,
-    start: float = 0.0,
-    end: float | None = None,
-    channel: int | None = None,
-) -> tuple[np.ndarray, int]:
-    """Read one utterance, with its channels mixed to one; see `read_channels`.
+def read_audio(path: str) -> tuple[np.ndarray, int]:
+    """Read one recording, with its channels mixed to one; see `read_channels`.
 
     Returns:
         samples (Time,), float32 in [-1, 1], and the sampling rate in Hz.
     """
-    samples, fs = read_channels(path, start, end, channel)
+    samples, fs = read_channels(path)
     return samples.mean(1), fs
 
 
 def read_channels(
-    path: str,
-    start: float = 0.0,
-    end: float | None = None,
-    channel: int | None = None,
+    path: str, start: float = 0.0, end: float | None = None
 ) -> tuple[np.ndarray, int]:
     """Read one utterance of an entry of `wav.scp`.
 
@@ -74,17 +66,17 @@ def read_channels(
             archive (`a.ark:123`), or a command that ends with `|` and writes such a
             file to its output.
         start, end: the part to read, in seconds; `end=None` reads to the end.
-        channel: the one to read, from 0; None = all of them.
 
     Returns:
         samples (Time, Channel), float32 in [-1, 1], and the sampling rate in Hz.
 
     Raises:
-        BadAudio: missing, unreadable, truncated, empty, or without that channel; a
-            command that failed.
+        BadAudio: missing, unreadable, truncated, empty, or without the channel that a
+            command names; a command that failed.
     """
+    channel = None
     if path.endswith("|"):
-        path, channel = _without_lhotse_s_pipe(path, channel)
+        path, channel = _without_lhotse_s_pipe(path)
     with _failures_as_bad_audio():
         if path.endswith("|"):
             with io.BytesIO(_output_of(path)) as output:
@@ -231,8 +223,10 @@ def _output_of(command: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=1)  # it opens the file
-def _without_lhotse_s_pipe(command: str, channel: int | None) -> tuple[str, int | None]:
+def _without_lhotse_s_pipe(command: str) -> tuple[str, int | None]:
     """Return the file that a command of `lhotse kaldi export` decodes, and the channel.
+
+    That is None where the file has one alone.
 
     libsndfile decodes most of these files itself, faster, and without a program that
     may be missing. Any other command, or one that resamples, is returned as it is.
@@ -244,12 +238,12 @@ def _without_lhotse_s_pipe(command: str, channel: int | None) -> tuple[str, int 
                 _, rate, channels = declared_length(groups["path"])
             except BadAudio:
                 if not Path(groups["path"]).is_file() or _is_known(groups["path"]):
-                    return groups["path"], channel  # reading it says what is wrong
-                return command, channel
+                    return groups["path"], None  # reading it says what is wrong
+                return command, None
             if rate == int(groups["rate"]):
                 named = int(groups.get("channel") or int(groups.get("number") or 1) - 1)
-                return groups["path"], named if channels > 1 else channel
-    return command, channel
+                return groups["path"], named if channels > 1 else None
+    return command, None
 
 
 def _is_known(path: str) -> bool:

@@ -51,15 +51,12 @@ class Format:
         audio_format: `flac` or `wav`, 16 bit, a file each; or `flac.ark` or `wav.ark`,
             the same in Kaldi arks.
         n_mels: dimension of `fbank`.
-        channel: of recordings that have several, from 0; None = all of them, mixed. The
-            channel that the directory names for an utterance counts more.
     """
 
     feats_type: str = "raw"
     fs: int = 16000
     audio_format: str = "flac"
     n_mels: int = 80
-    channel: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Utterance:
 
     Attributes:
         path: as in `wav.scp`: a file, a place in an archive, or a command.
-        channel: if the recording has several, from 0.
+        channel: if the recording has several, from 0; None = all of them, mixed.
     """
 
     id: str
@@ -269,16 +266,14 @@ def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> O
     return outcome
 
 
-def _read(utt: Utterance, form: Format) -> tuple[np.ndarray, int]:
-    """Read an utterance; its own channel counts where the recording has several.
+def _read(utt: Utterance) -> tuple[np.ndarray, int]:
+    """Read an utterance; its channel counts where the recording has several.
 
     Kaldi's directories name a side of recordings that a command has taken apart, too.
     """
-    if utt.channel is None:
-        return read_channels(utt.path, utt.start, utt.end, form.channel)
     audio, rate = read_channels(utt.path, utt.start, utt.end)
     channels = audio.shape[1]
-    if channels == 1:
+    if utt.channel is None or channels == 1:
         return audio, rate
     if utt.channel >= channels:
         raise BadAudio(f"no channel {utt.channel}: it has {channels}, from 0")
@@ -291,7 +286,7 @@ def _load(
     """Yield what is usable, as (id, samples (Time,) at `form.fs` Hz); note the rest."""
     for utt in chunk:
         try:
-            audio, rate = _read(utt, form)
+            audio, rate = _read(utt)
             mixed = audio.mean(1)
             samples = convert(mixed, rate, form.fs, utt.speed)
             # What is written counts. But at the ends of a constant, another rate leaves

@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-from dldkit.data.audio import declared_length
 from dldkit.data.datadir import (
     empty_transcripts,
     lengths_in,
@@ -22,7 +21,7 @@ def filter_data(
     dst: str,
     min_length: float,
     max_length: float,
-    fs: int | None = None,
+    fs: int,
     text: bool = True,
 ) -> None:
     """Write `dst` with the utterances of formatted `src` of a suitable length.
@@ -30,7 +29,7 @@ def filter_data(
     Args:
         min_length, max_length: inclusive bounds in seconds (audio) or frames
             (features).
-        fs: sampling rate in Hz; None asks the first audio file.
+        fs: sampling rate in Hz.
         text: whether every utterance must have a transcript.
 
     Raises:
@@ -54,7 +53,7 @@ def _filter(
     utts: list[str],
     min_length: float,
     max_length: float,
-    fs: int | None,
+    fs: int,
     text: bool,
 ) -> None:
     directory = Path(src)
@@ -63,8 +62,6 @@ def _filter(
     entries, size = read_table(directory / scp), read_table(directory / sizes)
     lengths = lengths_in(size, directory / sizes)
     silent = empty_transcripts(src) if text else set()
-    if raw and fs is None:
-        _, fs, _ = declared_length(next(iter(entries.values())))
     scale, unit = (fs, "s") if raw else (1, "frames")
     dropped = {}
     for utt in utts:

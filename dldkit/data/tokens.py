@@ -16,20 +16,18 @@ def make_token_list(
     text: str,
     output: str,
     nlsyms: str | None = None,
-    bpe_model_prefix: str | None = None,
     nbpe: int = 256,
     bpe_mode: str = "unigram",
-    character_coverage: float = 1.0,
 ) -> None:
     """Write one token a line: `<blank>`, `<unk>`, the units, `<sos/eos>`.
 
-    A list that was made from the same text in the same way is kept.
+    A model of BPE is written beside it: sentencepiece's `bpe.model` and `bpe.vocab`. A
+    list that was made from the same text in the same way is kept.
 
     Args:
         token_type: `char`, `word` or `bpe`.
         text: table `utt transcript`.
         nlsyms: file with symbols that are one unit each, one a line.
-        bpe_model_prefix: where sentencepiece's `.model` and `.vocab` go.
 
     Raises:
         UserError: nothing to learn from, or more units asked for than there are.
@@ -44,16 +42,13 @@ def make_token_list(
     files = {"text": text} | ({"nlsyms": nlsyms} if nlsyms else {})
     options = dict(token_type=token_type)
     if token_type == "bpe":
-        options.update(
-            vocab_size=nbpe, model_type=bpe_mode, character_coverage=character_coverage
-        )
+        options.update(vocab_size=nbpe, model_type=bpe_mode, character_coverage=1.0)
     with Step(directory, files, keep=True, **options) as step:
         if step.done and Path(output).is_file():
             return
         if token_type == "bpe":
-            prefix = bpe_model_prefix or str(directory / "bpe")
             del options["token_type"]
-            units = _train_bpe(sentences, text, prefix, symbols, **options)
+            units = _train_bpe(sentences, text, directory, symbols, **options)
             tokens = [BLANK, UNK, *units, SOS_EOS]
             with atomic(output) as new:
                 new.write_text("\n".join(tokens) + "\n", encoding="utf-8")
@@ -89,12 +84,11 @@ def _count_units(token_type: str, text: str, output: str, nlsyms: str | None) ->
 
 
 def _train_bpe(
-    sentences: list[str], text: str, prefix: str, symbols: list[str], **options
+    sentences: list[str], text: str, directory: Path, symbols: list[str], **options
 ) -> list[str]:
     """Train sentencepiece; return its units without its own three special ones."""
     import sentencepiece
 
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -109,11 +103,11 @@ def _train_bpe(
             f"sentencepiece can not learn {options['vocab_size']} units (--nbpe) from "
             f"{text}: {error}"
         )
-    with atomic(f"{prefix}.model") as new:
+    with atomic(directory / "bpe.model") as new:
         new.write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-    with open(f"{prefix}.vocab", "w", encoding="utf-8") as vocab:
+    with open(directory / "bpe.vocab", "w", encoding="utf-8") as vocab:
         scores = (processor.get_score(i) for i in range(len(pieces)))
         vocab.writelines(f"{p}\t{s:g}\n" for p, s in zip(pieces, scores))
     return pieces[3:]  # <unk>, <s>, </s>

@@ -12,7 +12,7 @@ from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet
 from lhotse.kaldi import export_to_kaldi
 
 from dldkit.bin.format_data import main as format_main
-from dldkit.data.audio import BadAudio, read_audio
+from dldkit.data.audio import BadAudio, read_audio, read_channels
 from dldkit.data.corpus import describe
 from dldkit.data.datadir import read_table, utterances
 from dldkit.data.format import Format, format_data
@@ -285,12 +285,12 @@ def test_audio_in_arks_is_read(samples, tmp_path, kind):
     got = formatted(directory, tmp_path / "out")
     for utt, part in parts.items():
         np.testing.assert_array_equal(got[utt], part)
-    half, _ = read_audio(table["b"], 0.25, 0.5)
-    np.testing.assert_array_equal(half * 32768, parts["b"][4000:8000])
+    half, _ = read_channels(table["b"], 0.25, 0.5)
+    np.testing.assert_array_equal(half[:, 0] * 32768, parts["b"][4000:8000])
     place = table["b"].rpartition(":")[2]
     (tmp_path / "half.ark").write_bytes(ark.read_bytes()[:-1000])
     with pytest.raises(BadAudio, match="truncated"):
-        read_audio(f"{tmp_path}/half.ark:{place}", 0, 0.1)
+        read_channels(f"{tmp_path}/half.ark:{place}", 0, 0.1)
     with pytest.raises(BadAudio, match="no audio at"):
         read_audio(f"{ark}:3")
 

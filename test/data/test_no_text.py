@@ -23,6 +23,7 @@ def test_a_missing_text_is_refused_unless_it_is_asked_for(
     command, audio, tmp_path, capsys
 ):
     words = [str(audio)] + [str(tmp_path / "out")] * (command is not validate_data)
+    words += ["--fs", "16000"] * (command is filter_data)
     with pytest.raises(SystemExit):
         command.main(words)
     message = capsys.readouterr().err
@@ -34,7 +35,8 @@ def test_a_missing_text_is_refused_unless_it_is_asked_for(
 def test_all_audio_arrives_without_text(audio, tmp_path):
     formatted, kept = tmp_path / "formatted", tmp_path / "kept"
     format_data.main([str(audio), str(formatted), "--no_text"])
-    filter_data.main([str(formatted), str(kept), "--no_text", "--max_length", "100"])
+    options = ["--no_text", "--fs", "16000", "--max_length", "100"]
+    filter_data.main([str(formatted), str(kept), *options])
     validate_data.main([str(kept), "--no_text"])
     for directory in (formatted, kept):
         assert not (directory / "text").exists()
@@ -51,7 +53,7 @@ def test_length_counts_without_text(audio, tmp_path):
     longest = max(seconds, key=seconds.get)
     limit = str(seconds[longest] - 0.01)
     words = [str(tmp_path / "formatted"), str(tmp_path / "kept"), "--no_text"]
-    filter_data.main([*words, "--max_length", limit])
+    filter_data.main([*words, "--fs", "16000", "--max_length", limit])
     assert set(read_table(tmp_path / "kept" / "wav.scp")) == {*seconds} - {longest}
 
 

@@ -64,7 +64,7 @@ def test_length_filter(formatted, tmp_path, caplog):
     src, scale = formatted
     # 0.7 s, 1.0 s, 2.5 s, 2.8 s of speech
     bounds = ["--min_length", str(0.8 * scale), "--max_length", str(2.7 * scale)]
-    filter_main([*bounds, str(src), str(tmp_path / "out")])
+    filter_main([*bounds, "--fs", "16000", str(src), str(tmp_path / "out")])
     kept = ["fash-an251-fash-b", "fash-cen7-fash-b"]
     assert utterances(tmp_path / "out") == kept
     dropped = read_table(tmp_path / "out" / "dropped.txt")
@@ -78,7 +78,7 @@ def test_length_filter(formatted, tmp_path, caplog):
 @pytest.mark.parametrize("bounds", [("nan", "3"), ("0", "nan"), ("2", "1")])
 def test_impossible_bounds_are_refused(an4, tmp_path, bounds):
     with pytest.raises(UserError, match="max_length .*: choose two numbers"):
-        filter_data(an4 / "test", tmp_path / "out", *map(float, bounds))
+        filter_data(an4 / "test", tmp_path / "out", *map(float, bounds), 16000)
 
 
 def test_a_length_that_is_no_number_is_refused(formatted, tmp_path):
@@ -86,14 +86,14 @@ def test_a_length_that_is_no_number_is_refused(formatted, tmp_path):
     table = src / ("utt2num_samples" if scale == 1 else "feats_shape")
     write_table(table, {**read_table(table), "fash-an251-fash-b": "long"})
     with pytest.raises(UserError, match="'long' of fash-an251-fash-b is no length"):
-        filter_data(src, tmp_path / "out", 0, 1e9)
+        filter_data(src, tmp_path / "out", 0, 1e9, 16000)
 
 
 def test_length_filter_drops_empty_text_and_refuses_nothing_left(formatted, tmp_path):
     src, _ = formatted
     text = read_table(src / "text")
     write_table(src / "text", {**text, "fash-an251-fash-b": ""})
-    filter_data(src, tmp_path / "out", 0, 1e9)
+    filter_data(src, tmp_path / "out", 0, 1e9, 16000)
     assert "fash-an251-fash-b" not in utterances(tmp_path / "out")
     with pytest.raises(UserError, match="no utterance is left"):
-        filter_data(src, tmp_path / "none", 1e6, 1e9)
+        filter_data(src, tmp_path / "none", 1e6, 1e9, 16000)

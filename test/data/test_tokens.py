@@ -44,8 +44,7 @@ def test_bpe_round_trip_through_espnet(text, tmp_path, mode):
     out = tmp_path / "out"
     main(
         f"--token_type bpe --nbpe 40 --bpe_mode {mode} --text {text} "
-        f"--nlsyms {tmp_path}/nlsyms --output {out}/tokens.txt "
-        f"--bpe_model_prefix {out}/bpe".split()
+        f"--nlsyms {tmp_path}/nlsyms --output {out}/tokens.txt".split()
     )
     tokens = (out / "tokens.txt").read_text().splitlines()
     # sentencepiece's own <unk> <s> </s> give way to <blank> <unk> and <sos/eos>.

@@ -396,8 +396,7 @@ elif run_stage 5 "${skip_data_prep}"; then
     text=${data_feats}/${train_set}/text
     if [ "${token_type}" == bpe ]; then
         text=${bpe_train_text:-${text}}
-        options+=(--nbpe "${nbpe}" --bpe_mode "${bpemode}"
-            --bpe_model_prefix "${bpemodel%.model}")
+        options+=(--nbpe "${nbpe}" --bpe_mode "${bpemode}")
     fi
     if [ "${nlsyms_txt}" != none ]; then options+=(--nlsyms "${nlsyms_txt}"); fi
     mkdir -p "${token_list%/*}"
