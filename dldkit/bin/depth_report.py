@@ -13,7 +13,7 @@ from dldkit.data.datadir import test_set_dir
 from dldkit.depth.selector import SELECTORS
 from dldkit.depth.thresholds import FILE
 from dldkit.errors import UserError, report_user_errors
-from dldkit.options import command_parser, depth_list, named_paths, parse, positive
+from dldkit.options import command_parser, depth_list, named_paths, parse
 from dldkit.report.report import make_report
 from dldkit.step import Step
 
@@ -49,13 +49,6 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--frame_shift", type=float, default=0.01, help="seconds, for feats.scp")
     add("--rtf_utts", type=int, default=20, help="utterances to time; 0: no RTF")
-    add("--rtf_repeats", type=int, default=5, help="how often each depth is timed")
-    add(
-        "--bootstrap",
-        type=positive,
-        default=1000,
-        help="samples for the 95 %% interval",
-    )
     add("--seed", type=int, default=0, help="of the bootstrap samples")
     return parser
 
@@ -67,9 +60,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     args = vars(parse(get_parser(), cmd, "WARNING"))
     if not args["test_sets"].split():
         raise UserError('--test_sets "": name at least one test set')
-    for name in ("rtf_utts", "rtf_repeats"):
-        if args[name] < 0:
-            raise UserError(f"--{name} {args[name]}: it can not be less than 0")
+    if args["rtf_utts"] < 0:
+        raise UserError(f"--rtf_utts {args['rtf_utts']}: it can not be less than 0")
     argv = sys.argv[1:] if cmd is None else cmd
     systems = named_paths("--system", args.pop("system"))
     output_dir = Path(args["output_dir"])

@@ -19,6 +19,8 @@ from dldkit.data.audio import BadAudio, declared_length
 from dldkit.data.datadir import read_table
 from dldkit.errors import UserError
 
+REPEATS = 5  # how often a report times each depth
+
 
 def parameters_in_use(model: AbsESPnetModel) -> int:
     """Count the parameters that greedy CTC recognition uses at the current depth.
@@ -102,9 +104,7 @@ def macs_of_leaving(recogniser: Any, speech: np.ndarray, depth: int) -> int:
         return counted_macs(lambda: recogniser(speech, exit_threshold=0.0))
 
 
-def speech_seconds(
-    data_dir: Union[str, Path], frame_shift: float = 0.01
-) -> dict[str, float]:
+def speech_seconds(data_dir: Union[str, Path], frame_shift: float) -> dict[str, float]:
     """Return the duration of each utterance of a formatted directory, in order of it.
 
     Args:
@@ -161,7 +161,7 @@ class TimedDecoder:
 
 
 def real_time_factors(
-    decoders: Sequence[TimedDecoder], repeats: int = 5
+    decoders: Sequence[TimedDecoder], repeats: int
 ) -> list[list[float]]:
     """Measure decoding time over audio time on one core, one utterance at a time.
 

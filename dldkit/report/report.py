@@ -18,6 +18,7 @@ from dldkit.report.results import (
     load_recognisers,
     measure_costs,
 )
+from dldkit.report.scoring import BOOTSTRAP_SAMPLES
 from dldkit.report.tables import (
     espnet_table,
     not_decoded_lines,
@@ -41,14 +42,12 @@ def make_report(
     inference_tag: str,
     inference_asr_model: str,
     output_dir: Union[str, Path],
-    selector: Optional[str] = None,
-    depth_profile: Optional[str] = "auto",
-    frame_shift: float = 0.01,
-    rtf_utts: int = 20,
-    rtf_repeats: int = 5,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    command: str = "",
+    selector: Optional[str],
+    depth_profile: Optional[str],
+    frame_shift: float,
+    rtf_utts: int,
+    seed: int,
+    command: str,
 ) -> str:
     """Score and measure every decoded depth, and write the report.
 
@@ -60,19 +59,14 @@ def make_report(
             model or its test audio can not be read.
     """
     data_root, output_dir = Path(data_root), Path(output_dir)
-    results = collect_scores(
-        systems, data_root, test_sets, depths, inference_tag, bootstrap, seed
-    )
-    stopped = collect_stopped(
-        systems, data_root, test_sets, inference_tag, bootstrap, seed
-    )
+    results = collect_scores(systems, data_root, test_sets, depths, inference_tag, seed)
+    stopped = collect_stopped(systems, data_root, test_sets, inference_tag, seed)
     measure_costs(
         [*results, *stopped],
         load_recognisers(systems, inference_asr_model, selector, depth_profile),
         data_root,
         frame_shift,
         rtf_utts,
-        rtf_repeats,
     )
     facts = {
         "command": command,
@@ -85,7 +79,7 @@ def make_report(
             name: corpus_source(test_set_dir(data_root, name)) for name in test_sets
         },
         "inference_tag": inference_tag,
-        "notes": notes(rtf_utts, rtf_repeats, bootstrap, seed),
+        "notes": notes(rtf_utts, seed),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     everything = {
@@ -170,11 +164,13 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def notes(rtf_utts: int, rtf_repeats: int, bootstrap: int, seed: int) -> list[str]:
+def notes(rtf_utts: int, seed: int) -> list[str]:
     """Say how the columns of the summary table were measured."""
+    from dldkit.report.cost import REPEATS
+
     lines = [
-        f"95 % CI: percentile bootstrap over utterances, {bootstrap} samples, seed "
-        f"{seed}; it covers the choice of test utterances, not that of the training "
+        f"95 % CI: percentile bootstrap over utterances, {BOOTSTRAP_SAMPLES} samples, "
+        f"seed {seed}; it covers the choice of test utterances, not that of the training "
         "seed or of the speakers.",
         "params: parameters that greedy CTC recognition uses at that depth (from the "
         "frontend to the CTC head), without those of skipped layers.",
@@ -182,11 +178,11 @@ def notes(rtf_utts: int, rtf_repeats: int, bootstrap: int, seed: int) -> list[st
         "utterance of the test set's median length; matrix products and convolutions "
         "as torch's flop counter counts them, halved (no STFT, norms, activations).",
     ]
-    if rtf_utts > 0 and rtf_repeats > 0:
+    if rtf_utts > 0:
         lines.append(
             "RTF: wall-clock time of greedy CTC decoding over audio time, on one CPU "
             f"core, one utterance at a time, at most {rtf_utts} utterances spread over "
-            f"the test set's lengths; median (min-max) of {rtf_repeats} repeats, in "
+            f"the test set's lengths; median (min-max) of {REPEATS} repeats, in "
             "which all depths and systems took turns."
         )
     return lines

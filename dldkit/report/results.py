@@ -11,7 +11,13 @@ from typing import Any, Optional
 from dldkit.data.datadir import read_table, test_set_dir
 from dldkit.depth.thresholds import read_thresholds, threshold_name
 from dldkit.errors import UserError
-from dldkit.report.scoring import Score, bootstrap_interval, not_decoded, score_files
+from dldkit.report.scoring import (
+    BOOTSTRAP_SAMPLES,
+    Score,
+    bootstrap_interval,
+    not_decoded,
+    score_files,
+)
 
 # espnet and torch are imported by what measures costs, so that --help is quick.
 
@@ -74,8 +80,7 @@ def collect_scores(
     test_sets: Sequence[str],
     depths: Sequence[int],
     inference_tag: str,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    seed: int,
 ) -> list[Result]:
     """Score ``EXP/TAG/depthN/SET/text`` against ``text`` of `test_set_dir`.
 
@@ -102,7 +107,7 @@ def collect_scores(
                 )
             for depth, text in decoded:
                 if depth not in left_out:
-                    scores = _scores(data_dir, text, bootstrap, seed)
+                    scores = _scores(data_dir, text, seed)
                     results.append(Result(system, test_set, depth, *scores))
     if missing := [str(d) for d in depths if d not in {r.depth for r in results}]:
         logging.warning(f"nothing is decoded at depth {' '.join(missing)}: left out")
@@ -114,8 +119,7 @@ def collect_stopped(
     data_root: Path,
     test_sets: Sequence[str],
     inference_tag: str,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    seed: int,
 ) -> list[Result]:
     """Score what was decoded with early stopping; see `collect_scores`."""
     results = []
@@ -130,25 +134,25 @@ def collect_stopped(
                     continue
                 depths = read_table(text.with_name("depth"))
                 depths = [int(depth) for depth in depths.values()]
-                scores = _scores(data_dir, text, bootstrap, seed)
+                scores = _scores(data_dir, text, seed)
                 result = Result(system, test_set, mean(depths), *scores)
                 result.threshold, result.depths = threshold, depths
                 results.append(result)
     return results
 
 
-def _scores(data_dir: Path, text: Path, bootstrap: int, seed: int):
+def _scores(data_dir: Path, text: Path, seed: int):
     """Return the scores of a decoded text, the interval, and what is not decoded."""
     words, characters = score_files(data_dir / "text", text)
-    interval = bootstrap_interval(words, bootstrap, seed)
+    interval = bootstrap_interval(words, BOOTSTRAP_SAMPLES, seed)
     return words, characters, interval, not_decoded(data_dir, text.parent)
 
 
 def load_recognisers(
     systems: dict[str, Path],
     inference_asr_model: str,
-    selector: Optional[str] = None,
-    depth_profile: Optional[str] = "auto",
+    selector: Optional[str],
+    depth_profile: Optional[str],
 ) -> dict[str, Any]:
     """Load each system as a greedy CTC recogniser on the CPU.
 
@@ -180,9 +184,8 @@ def measure_costs(
     results: Sequence[Result],
     recognisers: dict[str, Any],
     data_root: Path,
-    frame_shift: float = 0.01,
-    rtf_utts: int = 20,
-    rtf_repeats: int = 5,
+    frame_shift: float,
+    rtf_utts: int,
 ) -> None:
     """Add layers, parameters, MACs and real-time factors to `results`."""
     from dldkit.asr.speech import SpeechReader
@@ -224,9 +227,10 @@ def measure_costs(
             decode = functools.partial(recogniser, exit_threshold=result.threshold)
             timed.append(cost.TimedDecoder(recogniser.set_depth, decode, utterances))
         result.macs_per_second = macs / utterance.seconds
-    if rtf_utts > 0 and rtf_repeats > 0:
-        for result, factors in zip(results, cost.real_time_factors(timed, rtf_repeats)):
-            result.rtf = factors
+    if rtf_utts > 0:
+        factors = cost.real_time_factors(timed, cost.REPEATS)
+        for result, measured in zip(results, factors):
+            result.rtf = measured
 
 
 def test_sets_of(results: Sequence[Result]) -> list[str]:

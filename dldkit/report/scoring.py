@@ -14,6 +14,7 @@ from scipy.stats import binomtest, bootstrap
 from dldkit.data.datadir import DROPPED_TEXT, read_table
 from dldkit.errors import UserError
 
+BOOTSTRAP_SAMPLES = 1000  # of a report's intervals
 # Resampled utterances held in memory at a time by bootstrap_interval.
 _CHUNK = 4_000_000
 # Scores that say why there is no text: only a sum of no logarithms is 0, and -inf is
@@ -186,9 +187,7 @@ def not_decoded(data_dir: Path, decoded_dir: Path) -> dict[str, str]:
     return found
 
 
-def bootstrap_interval(
-    score: Score, samples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(score: Score, samples: int, seed: int) -> tuple[float, float]:
     """95% percentile interval of the error rate, resampling utterances.
 
     Without any error there is nothing to resample: then it is the exact binomial

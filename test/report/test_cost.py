@@ -150,7 +150,7 @@ def test_seconds_of_audio(tmp_path):
             path = tmp_path / f"{utt_id}.flac"
             soundfile.write(path, np.zeros(number), 8000)
             scp.write(f"{utt_id} {path}\n")
-    seconds = speech_seconds(tmp_path)
+    seconds = speech_seconds(tmp_path, 0.01)
     assert list(seconds.items()) == [("b", 0.5), ("c", 1.0), ("a", 2.0), ("d", 3.0)]
 
 
@@ -163,13 +163,13 @@ def test_seconds_of_features(tmp_path):
 
 def test_speech_that_can_not_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="neither wav.scp nor feats.scp"):
-        speech_seconds(tmp_path)
+        speech_seconds(tmp_path, 0.01)
     (tmp_path / "wav.scp").write_text("a nowhere.flac\n")
     with pytest.raises(UserError, match="wav.scp: can not read a: .*nowhere.flac"):
-        speech_seconds(tmp_path)
+        speech_seconds(tmp_path, 0.01)
     (tmp_path / "wav.scp").write_text("")
     with pytest.raises(UserError, match="has no utterance"):
-        speech_seconds(tmp_path)
+        speech_seconds(tmp_path, 0.01)
 
 
 def test_utterances_are_spread_over_the_lengths():

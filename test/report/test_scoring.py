@@ -119,7 +119,7 @@ def test_interval_equals_a_plain_loop(monkeypatch):
 def test_no_error_in_1500_words_does_not_mean_that_there_is_none():
     """By hand: the rate at which 1,500 correct words have a chance of 2.5 %."""
     texts = {f"u{i}": "a b c d e" for i in range(300)}
-    low, high = bootstrap_interval(score_texts(texts, texts))
+    low, high = bootstrap_interval(score_texts(texts, texts), 1000, seed=0)
     assert low == 0
     assert high == pytest.approx(1 - 0.025 ** (1 / 1500), rel=1e-6)
     assert f"{100 * high:.2f}" == "0.25"
