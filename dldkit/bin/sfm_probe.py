@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare speech models by linear probes of their hidden states on spoken digits.
 
-It is a probe suite, not SUPERB; see egs2/TEMPLATE/ssl1/superb.sh for that.
+It is a probe suite, not SUPERB; see dldkit.bin.sfm_superb for that.
 """
 
 import argparse

@@ -7,9 +7,7 @@ import shlex
 from typing import Optional, Sequence
 
 from dldkit.errors import report_user_errors
-from dldkit.options import command_parser, fold_list, learning_rates, parse
-from dldkit.sfm.superb.results import collect
-from dldkit.sfm.superb.run import run
+from dldkit.options import command_parser, fold_list, learning_rates, parse, positive
 from dldkit.sfm.superb.tasks import CORPORA, TASKS
 
 
@@ -65,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="folds of ER; SUPERB's ER is all five",
     )
     add("--device", default="cpu", choices=["cpu", "cuda"], help="for all tasks")
-    add("--nj", type=int, default=6, help="processes that load speech")
+    add("--nj", type=positive, default=4, help="processes that load speech")
     return parser
 
 
@@ -73,6 +71,11 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Run the command."""
     args = parse(get_parser(), cmd)
+
+    # not at the top: transformers takes seconds, and sfm.sh wants the parser alone
+    from dldkit.sfm.superb.results import collect
+    from dldkit.sfm.superb.run import run
+
     run(
         args.tasks.split(),
         args.upstream,

@@ -4,19 +4,20 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
 from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
-from dldkit.options import flat_layers, learning_rates
+from dldkit.options import flat_layers
 from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
     check_checkpoint,
     depths_to_run,
     training_config,
 )
-from dldkit.recipe.values import by_name, parsed, runs, words_of
+from dldkit.recipe.values import runs, words_of
 
 
 def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
@@ -87,14 +88,23 @@ def _check_shar(options: Mapping[str, str], config: DictConfig) -> None:
 
 
 def _check_superb(options: Mapping[str, str]) -> None:
+    from dldkit.bin.sfm_superb import get_parser
     from dldkit.sfm.superb.checks import check_tasks, fetch_lists
     from dldkit.sfm.superb.tasks import CORPORA
 
-    words = by_name(words_of(options, "superb_args"))
-    given = {name: " ".join(values) for name, values in words}
-    corpora = {c: given.get(c) or os.environ.get(c.upper()) for c in CORPORA}
-    dscore = given.get("dscore") or os.environ.get("DSCORE")
-    rates = parsed(learning_rates, {"lr": "", **given}, "lr")
-    tasks = given.get("tasks", "").split()
-    tasks, _ = check_tasks(tasks, corpora, dscore, rates, downloads=runs(options, 1))
-    fetch_lists(tasks, Path(given.get("list_dir", "downloads/superb")))
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"--superb_args: {message}")
+
+    parser = get_parser()
+    parser.error = refuse  # in one line
+    parser.print_help = lambda: refuse("see python3 -m dldkit.bin.sfm_superb --help")
+    words = "--upstream=x --upstream_name=x --output_dir=x".split()  # of stage 13
+    args = parser.parse_args(words + words_of(options, "superb_args"))
+    tasks, _ = check_tasks(
+        args.tasks.split(),
+        {name: getattr(args, name) for name in CORPORA},
+        args.dscore,
+        args.lr,
+        downloads=runs(options, 1),
+    )
+    fetch_lists(tasks, Path(args.list_dir))

@@ -63,11 +63,11 @@ export_depths=  # other depths to export too, e.g. "9 6 3"; empty: the exits of 
 selector=  # which layers such a depth means: even or prefix; empty: as the student was trained
 
 ## Scores
-probe=probe  # probe (on the recipe's own sets), superb (superb.sh, on the corpora you have) or none
+probe=probe  # probe (on the recipe's own sets), superb (SUPERB, on the corpora you have) or none
 probe_digits="digits_train digits_test"  # single words and their speakers: training and test set
 probe_strings="strings_train strings_test"  # transcribed utterances: training and test set
 probe_args=  # more options of sfm_probe, e.g. '--seeds "0 1 2"'
-superb_args=  # more options of superb.sh, see ../../TEMPLATE/ssl1/superb.sh --help
+superb_args=  # more options of sfm_superb, e.g. "--tasks 'pr ks' --lr pr=5e-4"
 
 ## Packing
 license=cc-by-4.0  # of the model, for the model card; that of the speech may decide it
@@ -218,14 +218,15 @@ write_scores() { # ${sfm_exp}/RESULTS.md: a row for the teacher and for each exp
 }
 
 write_superb() { # ${sfm_exp}/RESULTS.md: a row for each export, and published ones
-    local dir name options done=()
+    local dir name options done=() device=cpu
+    if [ "${ngpu}" -gt 0 ]; then device=cuda; fi
     mapfile -t options < <(words "${superb_args}")
     list_exports
     for dir in "${exports[@]}"; do
         stage_needs "${dir}/config.json" "stage 12"
         name=${sfm_tag}${dir#"${sfm_exp}/hf"}
-        "${template}/superb.sh" --upstream "${dir}" --upstream_name "${name}" \
-            --expdir "${expdir}" --ngpu $((ngpu > 0)) --python "${python}" "${options[@]}"
+        "${python}" -m dldkit.bin.sfm_superb --upstream "${dir}" --upstream_name "${name}" \
+            --output_dir "${expdir}/superb_${name}" --device "${device}" "${options[@]}"
         done+=("${expdir}/superb_${name}")
     done
     "${python}" -m dldkit.bin.sfm_superb_table "${done[@]}" >"${sfm_exp}/RESULTS.md"
