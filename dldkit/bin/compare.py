@@ -56,12 +56,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="the file")
     add = commands.add_parser(
         "epochs",
-        help="print how many epochs cost as much as the deepest static model's",
+        help="print `SYSTEM EPOCHS` of each budget and system, a line each",
     ).add_argument
-    add("--system", required=True, help="staticN, or a file of conf/systems")
+    add("--systems", required=True, help="each is staticN, or a file of conf/systems")
     _add_common(add)
     add("--deepest", required=True, help="name of the deepest static model")
-    add("--budget", choices=BUDGETS, default="arithmetic", help="what is equal")
     add = commands.add_parser(
         "reference",
         help="print which system is the reference of another one, if it has any",
@@ -76,15 +75,22 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         help="the deepest static one first; the last one is compared with all others",
     )
-    add("--budgets", required=True, help=f"of {', '.join(BUDGETS)}")
     add("--output", type=Path, required=True, help="the file, in Markdown")
     add("--command", required=True, help="that made the comparison")
     return parser
 
 
+def _budgets(text: str) -> list[str]:
+    words = text.split()
+    if not words or set(words) - set(BUDGETS):
+        raise argparse.ArgumentTypeError(f"{text!r}: write some of {' '.join(BUDGETS)}")
+    return words
+
+
 def _add_common(add) -> None:
     add("--results", type=Path, required=True, help="directory of the runs' files")
     add("--epochs", type=positive, required=True, help="of the deepest static model")
+    add("--budgets", type=_budgets, required=True, help="what is equal")
     _add_configs(add)
 
 
@@ -144,12 +150,14 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         print(_reference(args, args.system, args.deepest))
     elif args.what == "epochs":
         runs = load_runs(args.results)
-        print(_epochs(args, runs, args.system, args.deepest, args.budget))
+        for budget in args.budgets:
+            for system in args.systems.split():
+                print(system, _epochs(args, runs, system, args.deepest, budget))
     else:
         systems, runs = args.systems.split(), load_runs(args.results)
         budgets = {
             budget: {s: _epochs(args, runs, s, systems[0], budget) for s in systems}
-            for budget in args.budgets.split()
+            for budget in args.budgets
         }
         machines = "; ".join(sorted({_machine(run) for run in runs}))
         made = f"Made by `{args.command.strip()}` on {date.today()}. Runs: {machines}."

@@ -266,12 +266,18 @@ class TestCommand:
         systems.mkdir()
         (systems / "mine.yaml").write_text("encoder_conf: {depth_sampler: uniform}")
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(config(num_blocks=4)))
-        for system, expected in (("mine", 12), ("static4", 10), ("static1", 16)):
-            compare.main(
-                f"epochs --system {system} --results {recorded.parent} --epochs 10 "
-                f"--deepest static4 --configs {tmp_path}/c.yaml {systems}".split()
-            )
-            assert capsys.readouterr().out.strip() == str(expected)
+        command = (
+            f"epochs --results {recorded.parent} --epochs 10 --deepest static4 "
+            f"--configs {tmp_path}/c.yaml {systems} --systems".split()
+        )
+        command += ["mine static4 static1", "--budgets"]
+        compare.main([*command, "steps arithmetic"])
+        equal = "mine 10\nstatic4 10\nstatic1 10\n"
+        cheaper = "mine 12\nstatic4 10\nstatic1 16\n"
+        assert capsys.readouterr().out == equal + cheaper
+        with pytest.raises(SystemExit):
+            compare.main([*command, "steps time"])
+        assert "'steps time': write some of steps arithmetic" in capsys.readouterr().err
 
     def test_may_count_the_training_of_the_reference(self, recorded, tmp_path, capsys):
         """Those that have none get the epochs of two static models in all."""
@@ -280,14 +286,13 @@ class TestCommand:
         recorded.write_text(json.dumps({**run, "system": "static12"}))
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(config()))
         systems = Path(__file__).parents[2] / "conf" / "systems"
-        expected = dict(static12=20, early_exit=20, static2=53, anytime=15)
-        for system, epochs in expected.items():
-            compare.main(
-                f"epochs --system {system} --results {recorded.parent} --epochs 10 "
-                f"--budget total --deepest static12 --configs {tmp_path}/c.yaml "
-                f"{systems}".split()
-            )
-            assert capsys.readouterr().out.strip() == str(epochs)
+        command = (
+            f"epochs --results {recorded.parent} --epochs 10 --budgets total "
+            f"--deepest static12 --configs {tmp_path}/c.yaml {systems} --systems"
+        )
+        compare.main([*command.split(), "static12 early_exit static2 anytime"])
+        expected = "static12 20\nearly_exit 20\nstatic2 53\nanytime 15\n"
+        assert capsys.readouterr().out == expected
 
     @pytest.mark.parametrize(
         "system, reference",

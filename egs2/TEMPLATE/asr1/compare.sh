@@ -110,21 +110,16 @@ one_run() { # one_run SYSTEM EPOCHS SEED
 }
 
 run_all() { # run_all SYSTEM...: what is missing of them, ${jobs} runs at a time
-    local seed system budget
+    local seed system run_epochs planned
+    planned=$(compare epochs --results "${results}" --epochs "${epochs}" --budgets "${budgets}" \
+        --deepest "${deepest}" --systems "$*" \
+        --configs "${asr_config}" ../../../conf/systems conf/systems)
     for seed in ${seeds}; do
-        for budget in ${budgets}; do
-            for system in "$@"; do
-                local run_epochs=${epochs}
-                if [ "${budget}" != steps ]; then
-                    run_epochs=$(compare epochs --results "${results}" --epochs "${epochs}" \
-                        --budget "${budget}" --deepest "${deepest}" --system "${system}" \
-                        --configs "${asr_config}" ../../../conf/systems conf/systems)
-                fi
-                if [ ! -e "$(file_of "${system}" "${run_epochs}" "${seed}")" ]; then
-                    echo "${system} ${run_epochs} ${seed}"
-                fi
-            done
-        done
+        while read -r system run_epochs; do
+            if [ -n "${system}" ] && [ ! -e "$(file_of "${system}" "${run_epochs}" "${seed}")" ]; then
+                echo "${system} ${run_epochs} ${seed}"
+            fi
+        done <<<"${planned}"
     done | awk '!seen[$0]++' |
         xargs -r -P "${jobs}" -L 1 bash -c 'set -euo pipefail; one_run "$@"' _
 }
@@ -144,7 +139,8 @@ if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ]; then
         } | awk 'NF && !seen[$0]++'
     )
     log "Stage 2: the references of others: ${references[*]}"
-    run_all "${references[@]}"
+    run_all "${deepest}" # whose cost says how many epochs others have
+    run_all "${references[@]:1}"
 fi
 if [ "${stage}" -le 3 ] && [ "${stop_stage}" -ge 3 ]; then
     log "Stage 3: all other systems"
