@@ -41,10 +41,11 @@ cp -R "${template}/new/." "${new}/"
 find "${new}" -type f -exec sed -i.orig -e "s/@NAME@/${name}/g" \
     -e "s/@VARIABLE@/${variable}/g" {} +
 find "${new}" -name '*.orig' -delete
-chmod +x "${new}/run.sh" "${new}/local/data.sh" "${new}/local/data.py"
+chmod +x "${new}/run.sh" "${new}/local/data.py"
 for shared in path.sh db.sh; do
     ln -s "../../TEMPLATE/asr1/${shared}" "${new}/${shared}"
 done
+ln -s ../../../TEMPLATE/asr1/data.sh "${new}/local/data.sh"
 mv "${new}" "${recipe}"
 echo "$(date '+%Y-%m-%dT%H:%M:%S') (setup.sh) made ${recipe}"
 echo "Next: cd ${recipe}, set ${variable} to your corpus (README.md says how it has to lie), ./run.sh"

@@ -1,11 +1,1 @@
-#!/usr/bin/env bash
-# Stage 1: make data/{train,dev,test_seen,test_unseen}. `--help` lists the options.
-set -euo pipefail
-
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=/dev/null
-. ./path.sh
-# shellcheck source=/dev/null
-. ./db.sh
-export FSDD="${FSDD:-}"
-exec "${python:-python3}" local/data.py "$@"
+../../../TEMPLATE/asr1/data.sh

@@ -1,8 +1,1 @@
-#!/usr/bin/env bash
-# Stage 1: make data/{train_nodev,train_dev,test}. `--help` lists the options.
-set -euo pipefail
-
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=/dev/null
-. ./path.sh
-exec "${python:-python3}" local/data.py "$@"
+../../../TEMPLATE/asr1/data.sh

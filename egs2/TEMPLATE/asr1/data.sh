@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Stage 1: make data/{train,dev,test} of @NAME@. `--help` lists the options.
+# Stage 1: make the data directories. `--help` lists the options.
 set -euo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." # from local/, where recipes have a link to this
 # shellcheck source=/dev/null
 . ./path.sh
 # shellcheck source=/dev/null
