@@ -30,7 +30,7 @@ States = list[torch.Tensor]
 # Adam, with a rate that falls to zero, alike for all models. CTC takes longer: after 40
 # epochs, two seeds of one student were 23 points apart, after 160 they were 6.
 _EPOCHS, _CTC_EPOCHS, _RATE, _BATCH = 40, 160, 0.01, 16
-_TASKS = {
+TASKS = {
     "digit_accuracy": "digit, accuracy %",
     "speaker_accuracy": "speaker, accuracy %",
     "digit_string_wer": "digit strings, WER %",
@@ -92,12 +92,12 @@ def run_probes(
         cache = Path(cache_dir or output_dir / "hidden") / name
         states = _cached_states(path, digits, strings, cache, device)
         single, string = states[:2], states[2:]
-        scores = results[name] = {"path": str(path), **{task: [] for task in _TASKS}}
+        scores = results[name] = {"path": str(path), **{task: [] for task in TASKS}}
         for seed in seeds:
             scores["digit_accuracy"].append(classify(single, words, seed))
             scores["speaker_accuracy"].append(classify(single, speakers, seed))
             scores["digit_string_wer"].append(transcribe(string, texts, seed))
-        reached = (f"{title} {spread(scores[t], 1)}" for t, title in _TASKS.items())
+        reached = (f"{title} {spread(scores[t], 1)}" for t, title in TASKS.items())
         logging.info(f"{name}: {', '.join(reached)}")
     items = {
         "digits": len(words[1]),
@@ -279,9 +279,9 @@ def _table(results: Mapping[str, Any], items: Mapping[str, int], seeds) -> str:
         + (f"; mean ± standard deviation of {len(seeds)} probes." * (len(seeds) > 1)),
         "",
         markdown(
-            " | ".join(["upstream", *_TASKS.values()]),
+            " | ".join(["upstream", *TASKS.values()]),
             (
-                [name, *(spread(scores[task], 1) for task in _TASKS)]
+                [name, *(spread(scores[task], 1) for task in TASKS)]
                 for name, scores in results.items()
             ),
         ),

@@ -14,13 +14,9 @@ from espnet2.train.reporter import Reporter
 
 from dldkit.errors import UserError, report_user_errors
 from dldkit.report.tables import markdown, put_between_marks, spread
+from dldkit.sfm.probe import TASKS
 from dldkit.step import atomic
 
-SCORES = {
-    "digit_accuracy": "digits, accuracy %",
-    "speaker_accuracy": "speakers, accuracy %",
-    "digit_string_wer": "digit strings, WER %",
-}
 MODELS = ("teacher", "untrained")  # rows of no training
 
 
@@ -103,7 +99,7 @@ def record(expdir: Path, run: str) -> dict[str, Any]:
         raise UserError(f"{run} has no probe scores: run stage 4 again")
 
     def scores(name: str) -> dict[str, list[float]]:
-        return {score: probed[name][score] for score in SCORES}
+        return {score: probed[name][score] for score in TASKS}
 
     if run in MODELS:
         return {"scores": {"": scores(run)}}
@@ -134,7 +130,7 @@ def table(results: dict[str, list[dict[str, Any]]], step_times: dict) -> str:
         step_times: what bench/step_time.py wrote.
     """
     heads = ["trainings", "learning rate", "step time", "validation loss"]
-    heads += SCORES.values()
+    heads += TASKS.values()
     losses = [
         run["teacher_loss"]
         for runs in results.values()
@@ -157,7 +153,7 @@ def table(results: dict[str, list[dict[str, Any]]], step_times: dict) -> str:
             if depth != depths[0]:
                 cells[0] = f"{name}, depth {depth}"
                 cells[1:4] = [""] * 3
-            for score in SCORES:
+            for score in TASKS:
                 values = [v for run in runs for v in run["scores"][depth][score]]
                 cells.append(spread(values, 1))
             rows.append(cells)
