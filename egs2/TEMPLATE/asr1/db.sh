@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Where corpora and teachers lie on this machine. Empty, or the word downloads: the recipe
-# downloads its corpus into downloads/. Set a path here or in the environment, which wins.
+# downloads its corpus into downloads/. UNLABELLED and TEACHER are no corpora to download, and
+# digits/ssl1 needs both. Set a path here or in the environment, which wins.
 export FSDD=${FSDD:-}               # Free Spoken Digit Dataset: the directory with recordings/
 export LIBRISPEECH=${LIBRISPEECH:-} # the directory that holds LibriSpeech/, or LibriSpeech/ itself
 export TEDLIUM3=${TEDLIUM3:-}       # the directory that holds TEDLIUM_release-3/, or that itself

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Common Voice: `./run.sh --lang cy` takes Welsh; `./run.sh --help` lists the options.
-# Set $COMMONVOICE to the directory that holds the language's (cy/clips, cy/train.tsv ...):
-# the corpus can not be downloaded by a script.
+# Set $COMMONVOICE to the directory that holds the language's (cy/clips, cy/validated.tsv,
+# cy/dev.tsv, cy/test.tsv): the corpus can not be downloaded by a script.
 [ -n "${BASH_VERSION-}" ] || { echo "error: $0 needs bash: bash $0" >&2; exit 1; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
