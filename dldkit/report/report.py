@@ -170,8 +170,8 @@ def notes(rtf_utts: int, seed: int) -> list[str]:
 
     lines = [
         f"95 % CI: percentile bootstrap over utterances, {BOOTSTRAP_SAMPLES} samples, "
-        f"seed {seed}; it covers the choice of test utterances, not that of the training "
-        "seed or of the speakers.",
+        f"seed {seed}; it covers the choice of test utterances, not that of the "
+        "training seed or of the speakers.",
         "params: parameters that greedy CTC recognition uses at that depth (from the "
         "frontend to the CTC head), without those of skipped layers.",
         "MMACs/s: millions of multiply-accumulates per second of audio, for the "

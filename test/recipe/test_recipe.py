@@ -124,9 +124,9 @@ BAD_SFM = """
 --probe superb | SUPERB has nothing to run: name the directory
 --probe superb --superb_args "--tasks pr" | (PR needs a corp|SUPERB needs .*install)
 --probe superb --superb_args "--tasks nope" | --tasks nope: choose from pr ks
---probe superb --superb_args "--lr pr" | --superb_args: argument --lr: 'pr': write a task
+--probe superb --superb_args "--lr pr" | --superb_args: argument --lr: 'pr': write
 --probe superb --superb_args "--nj 0" | argument --nj: '0': write an integer above 0
---probe superb --superb_args "--rate 1" | --superb_args: unrecognized arguments: --rate 1
+--probe superb --superb_args "--rate 1" | --superb_args: unrecognized arguments
 --probe superb --superb_args "--help" | see python3 -m dldkit.bin.sfm_superb --help
 """
 
