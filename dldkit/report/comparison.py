@@ -242,24 +242,24 @@ class Comparison:
     """Some systems, trained alike.
 
     Args:
-        chosen: the runs of each system, one per seed; the deepest static model first.
+        chosen: the runs of each system, one per seed.
+        unit: a run of the deepest static model, whose cost is 1.
     """
 
-    def __init__(self, chosen: Mapping[str, Sequence[Run]]):
-        self.deepest = next(iter(chosen))
-        self.runs = chosen
+    def __init__(self, chosen: Mapping[str, Sequence[Run]], unit: Run):
+        self.runs, self.unit = chosen, unit
         self.static = {static_depth(s): s for s in chosen if static_depth(s)}
         self.dynamic = [s for s in chosen if not static_depth(s)]
-        self.test_sets = list(chosen[self.deepest][0].words)
+        self.test_sets = list(unit.words)
 
     def costs(self) -> str:
-        """Say what the trainings cost, the deepest static model's being 1."""
-        full = self.runs[self.deepest][0]
+        """Say what the trainings cost, that of the deepest static model being 1."""
+        unit = self.unit
+        cost_of_unit = unit.steps * macs_at(unit.macs, static_depth(unit.system))
         rows = []
         for system, runs in self.runs.items():
             depth = static_depth(system) or runs[0].depth
-            cost = runs[0].steps * macs_at(full.macs, depth)
-            cost /= full.steps * macs_at(full.macs, static_depth(self.deepest))
+            cost = runs[0].steps * macs_at(unit.macs, depth) / cost_of_unit
             # a reference has all layers: the deepest static model, or early exit
             reference = runs[0].conf["model_conf"].get("reference")
             total = cost + (reference not in (None, "self"))
@@ -379,6 +379,10 @@ def tables(
         UserError: when there is no run of the deepest static model, or runs of one
             system had other options.
     """
+    static = [run for run in runs if run.system == systems[0]]
+    if not static:
+        raise UserError(f"there is no run of {systems[0]} yet: run stage 2")
+    unit = min(static, key=lambda run: run.epochs)  # longer ones are of --budgets total
     parts = []
     for budget, epochs in budgets.items():
         chosen = {
@@ -397,9 +401,7 @@ def tables(
                         "model (`conf` in their files): the system was changed in "
                         "between; move the older file away, and train again"
                     )
-        if systems[0] not in chosen:
-            raise UserError(f"there is no run of {systems[0]} yet: run stage 2")
-        compared = Comparison(chosen)
+        compared = Comparison(chosen, unit)
         title = f"equal {BUDGETS[budget]}"
         parts += [f"## {title.capitalize()}", compared.costs()]
         for test_set in compared.test_sets:

@@ -159,8 +159,8 @@ class TestTables:
         level = [run_of("dld", seed, errors={"12": [0, 2, 0, 2]}) for seed in (1, 2)]
         ours = [run_of("ours", seed, errors={"12": [1, 1, 1, 1]}) for seed in (1, 2)]
         for theirs, cell in ((worse, r"\*\*-20.00 \["), (level, r"\+0.00 \[")):
-            runs = {"static12": [run_of("static12")], "dld": theirs, "ours": ours}
-            text = Comparison(runs).differences("ours", "test")
+            runs = {"dld": theirs, "ours": ours}
+            text = Comparison(runs, run_of("static12")).differences("ours", "test")
             assert re.search(rf"dld +\| +{cell}", text), text
 
     def test_leave_out_models_that_lack_a_seed(self):
@@ -201,6 +201,15 @@ class TestTables:
         mine[1].conf["encoder_conf"]["depth_sampler"] = "uniform"
         with pytest.raises(UserError, match="mine, 8 epochs: seeds 1 and 2 were train"):
             tables([*runs, *mine], ["static12", "mine"], epochs)
+
+    def test_a_budget_may_lack_the_deepest_model(self):
+        """Its cost is known from the shorter run."""
+        names = ["static12", "mine"]
+        runs = [run_of("static12"), run_of("mine", epochs=16)]
+        text = tables(runs, names, {"total": dict.fromkeys(names, 16)})
+        (row,) = (line for line in text.splitlines() if "1600" in line)
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[1:-1] == ["mine", "1", "16", "1600", "12.0", "2.00", "2.00"]
 
     def test_need_the_deepest_model(self):
         with pytest.raises(UserError, match="no run of static10 yet"):
