@@ -183,6 +183,18 @@ def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
     return number + sampler.smallest(number) + sandwich * drawn
 
 
+def shortest_run(runs: Sequence[Run], system: str) -> Run:
+    """Return the run of a system that has the fewest epochs.
+
+    Raises:
+        UserError: when there is none.
+    """
+    found = [run for run in runs if run.system == system]
+    if not found:
+        raise UserError(f"there is no run of {system} yet: run stage 2")
+    return min(found, key=lambda run: run.epochs)
+
+
 def epochs_of_equal_cost(
     runs: Sequence[Run], deepest: str, epochs: int, depth: float
 ) -> int:
@@ -191,10 +203,7 @@ def epochs_of_equal_cost(
     Raises:
         UserError: when there is no run of that static model.
     """
-    found = [run for run in runs if run.system == deepest]
-    if not found:
-        raise UserError(f"there is no run of {deepest} yet: run stage 2")
-    macs = found[0].macs
+    macs = shortest_run(runs, deepest).macs
     return round(epochs * macs_at(macs, max(map(int, macs))) / macs_at(macs, depth))
 
 
@@ -379,10 +388,7 @@ def tables(
         UserError: when there is no run of the deepest static model, or runs of one
             system had other options.
     """
-    static = [run for run in runs if run.system == systems[0]]
-    if not static:
-        raise UserError(f"there is no run of {systems[0]} yet: run stage 2")
-    unit = min(static, key=lambda run: run.epochs)  # longer ones are of --budgets total
+    unit = shortest_run(runs, systems[0])  # longer ones are of --budgets total
     parts = []
     for budget, epochs in budgets.items():
         chosen = {
