@@ -1,5 +1,6 @@
 import copy
 import logging
+import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -231,6 +232,31 @@ class TestBoundaries:
             assert model.layers.draws == (random_depth == "always")
         first = {2} if random_depth == "last_stage" else {1, 2}
         assert drawn == {2: first, 4: {1, 2, 3, 4}}
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_gradient_that_amp_refuses_changes_nothing(self, fused):
+        """The step is left out, and counts where the optimiser itself leaves it out."""
+        model = Tower(2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu")
+        depths, changed = [], []
+        with Stacking(depths=[1, 2], method="stack").attached(model, optimizer, 6, 1):
+            for step in range(6):
+                before = copy.deepcopy(model.state_dict())
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss, stats, _ = model(torch.ones(1, 2))
+                depths.append(int(stats["depth"]))
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                if step == 1:
+                    model.meter.grad.fill_(math.inf)
+                scaler.step(optimizer)
+                scaler.update()
+                states = model.state_dict()
+                changed.append(any(not states[k].equal(v) for k, v in before.items()))
+        assert depths == ([1] * 3 + [2] * 3 if fused else [1] * 4 + [2] * 2)
+        assert changed == [True, False] + [True] * 4
+        assert all(value.isfinite().all() for value in model.state_dict().values())
 
     def test_total_steps_takes_the_place_of_the_epochs(self):
         model = Tower(2)
