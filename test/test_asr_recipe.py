@@ -21,6 +21,7 @@ SYSTEMS = sorted((ROOT / "conf" / "systems").glob("*.yaml"))
 PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
 ANYTIME = ("anytime", "anytime_uniform")
 PULLED = ("dld_paper", "dld", "nested", *ANYTIME)  # to a reference
+ALONE = "anytime_alone"
 
 pytestmark = pytest.mark.integration
 
@@ -64,18 +65,19 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     built = yaml.safe_load(Path("out/config.yaml").read_text())
     encoder = built["encoder_conf"]
     assert built["encoder"].startswith("ld_")
-    dynamic = system.stem in (*PULLED, "rd")
+    dynamic = system.stem in (*PULLED, "rd", ALONE)
     assert (encoder["depth_sampler"] != "full") == dynamic
     ours = dynamic or system.stem == "early_exit"
     assert built["model"] == ("dld" if ours else "espnet")
     if ours:
         reference = built["model_conf"]["reference"]
         assert reference == ("exp/asr_static" if system.stem in PULLED else None)
-    exits = ("early_exit", *ANYTIME)
+    exits = ("early_exit", ALONE, *ANYTIME)
     assert bool(encoder.get("exits")) == (system.stem in exits)
     prefix = ("nested", *exits)
     choice = dict.fromkeys(prefix, "prefix") | dict(dld="even", rd="even")
     assert encoder.get("layer_choice", "random") == choice.get(system.stem, "random")
+    assert encoder.get("full_depth_share", 0) == (0.4 if system.stem == ALONE else 0)
     assert bool(encoder.get("stochastic_depth_rate")) == (
         system.stem == "stochastic_depth"
     )

@@ -23,11 +23,15 @@ class DepthSampler:
         layer_choice: `random` = any subset of that size (DLD, arXiv 2601.16117), else
             the layers that a selector means at inference: `even` | `prefix`.
 
+    Attributes:
+        full_depth_share: of the epochs, the first ones, whose steps run all layers.
+
     Raises:
         UserError: for an option out of its range.
     """
 
     is_full = False
+    full_depth_share = 0.0
 
     def __init__(self, min_depth: int = 1, layer_choice: str = "random"):
         if min_depth < 1:
@@ -87,6 +91,14 @@ class DepthSampler:
                 "no depth is left to draw, of those that depth_sampler allows"
             )
         return weights
+
+    def share_of_each_depth(self, num_layers: int) -> dict[int, float]:
+        """Return the share of a whole training's steps that run each depth."""
+        weights = self.weight_of_each_depth(num_layers)
+        first, total = self.full_depth_share, sum(weights.values())
+        shares = {depth: (1 - first) * w / total for depth, w in weights.items()}
+        shares[num_layers] += first
+        return shares
 
     def choose(
         self, layers: Sequence[int], depth: int, rng: random.Random
@@ -201,15 +213,39 @@ def build_sampler(
     min_depth: int = 1,
     layer_choice: str = "random",
     exits: Union[int, Sequence[int], None] = (),
+    full_depth_share: float = 0.0,
 ) -> DepthSampler:
     """Build the sampler that a config names, or whose weights it gives by depth.
 
     Args:
         exits: depths, or a number that stands for every so many layers.
+        full_depth_share: of the epochs, the first ones, whose steps run all layers.
 
     Raises:
         UserError: for an unknown name, or options out of range.
     """
+    sampler = _sampler_of(name, keep_prob, min_depth, layer_choice, exits)
+    if not 0.0 <= full_depth_share < 1.0:
+        raise UserError(
+            f"full_depth_share {full_depth_share} is impossible: it is a share of the "
+            "epochs, from 0 to below 1"
+        )
+    if full_depth_share and sampler.is_full:
+        raise UserError(
+            "full_depth_share is for a depth_sampler that draws depths afterwards, and "
+            "full draws none: remove one of them"
+        )
+    sampler.full_depth_share = full_depth_share
+    return sampler
+
+
+def _sampler_of(
+    name: Union[str, Mapping[int, float]],
+    keep_prob: float,
+    min_depth: int,
+    layer_choice: str,
+    exits: Union[int, Sequence[int], None],
+) -> DepthSampler:
     if isinstance(name, Mapping):
         return WeightedSampler(name, min_depth, layer_choice)
     if name == "bernoulli":

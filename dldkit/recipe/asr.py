@@ -151,7 +151,8 @@ def _reference(
 def _weights(config: DictConfig) -> list[Any]:
     """Return what says which weights a model has."""
     names = "encoder encoder_conf decoder decoder_conf frontend frontend_conf"
-    drawn = "depth_sampler keep_prob min_depth layer_choice exits".split()
+    drawn = "depth_sampler keep_prob min_depth layer_choice exits full_depth_share"
+    drawn = drawn.split()
     plain = OmegaConf.to_container(config)
     plain["encoder_conf"] = {
         name: value

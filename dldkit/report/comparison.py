@@ -163,6 +163,7 @@ def _sampler(encoder: Mapping[str, Any]) -> DepthSampler:
         encoder.get("min_depth", 1),
         encoder.get("layer_choice", "random"),
         encoder.get("exits", ()),
+        encoder.get("full_depth_share", 0.0),
     )
 
 
@@ -171,7 +172,7 @@ def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
     encoder, model = config["encoder_conf"], config.get("model_conf") or {}
     number = encoder["num_blocks"]
     sampler = _sampler(encoder)
-    weights = sampler.weight_of_each_depth(number)
+    weights = sampler.share_of_each_depth(number)
     drawn = float(np.average(list(weights), weights=list(weights.values())))
     sandwich = model.get("sandwich")
     if model.get("reference") == "self" and sandwich is None and not sampler.is_full:
@@ -180,7 +181,12 @@ def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
         return drawn
     if sampler.layer_choice == "prefix":
         return number  # the smaller depths lie on the way
-    return number + sampler.smallest(number) + sandwich * drawn
+    share = sampler.full_depth_share
+    return (
+        number
+        + (1 - share) * sampler.smallest(number)
+        + sandwich * (drawn - share * number)
+    )
 
 
 def shortest_run(runs: Sequence[Run], system: str) -> Run:

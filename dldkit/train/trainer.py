@@ -10,7 +10,7 @@ import torch
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.schedulers.abs_scheduler import AbsScheduler
 from espnet2.train.distributed_utils import DistributedOption
-from espnet2.train.reporter import Reporter
+from espnet2.train.reporter import Reporter, SubReporter
 from espnet2.train.trainer import Trainer, TrainerOptions
 
 from dldkit.depth.layers import Gates, find_gates
@@ -94,15 +94,25 @@ class ResumableTrainer(Trainer):
     @classmethod
     def train_one_epoch(
         cls,
+        model: torch.nn.Module,
         *args: Any,
         options: TrainerOptions,
+        reporter: SubReporter,
         distributed_option: DistributedOption,
         **kwargs: Any,
     ) -> bool:
         """Train one epoch, once all files of the epoch before are in their place."""
         _Checkpoint(options, distributed_option).commit()
+        layers = find_gates(model)
+        if layers is not None:
+            layers.begin_epoch(reporter.get_epoch(), options.max_epoch)
         return super().train_one_epoch(
-            *args, options=options, distributed_option=distributed_option, **kwargs
+            model,
+            *args,
+            options=options,
+            reporter=reporter,
+            distributed_option=distributed_option,
+            **kwargs,
         )
 
 

@@ -52,7 +52,7 @@ BAD_ASR = """
 --nj 0 | --nj 0: write an integer of at least 1
 --ngpu many | --ngpu many: write an integer of at least 0, or auto
 --seed x | --seed x: write an integer of at least 0, or nothing
---system nope | there is no nope.yaml .* choose one of anytime, anytime_uniform, dld
+--system nope | there is no nope.yaml .* choose one of anytime, anytime_alone
 --valid_set train_nodev | --train_set and --valid_set are both train_nodev
 --train_set "" | --train_set "": name a directory of data/
 --train_set data/train | --train_set "data/train": name a directory
@@ -369,6 +369,7 @@ def test_validation_is_at_full_half_and_the_smallest_depth(
         ("nested", "true"),
         ("anytime", "true"),
         ("anytime_uniform", "true"),
+        ("anytime_alone", "false"),
         ("rd", "false"),
         ("static", "false"),
         ("early_exit", "false"),

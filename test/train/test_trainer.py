@@ -170,9 +170,12 @@ def recipe_of(request, dld_training, corpus, bpe, build, tmp_path):
     """Return a function that gives the arguments of a training of several depths.
 
     `anytime` has exits, BPE units, an attention decoder and cached posteriors, `self`
-    has forwards of random layers beside that of the full depth.
+    has forwards of random layers beside that of the full depth, `full_first` runs the
+    full depth in the first epoch.
     """
     changes = dict(max_epoch=2)
+    if request.param == "full_first":
+        changes |= dict(encoder_conf=dict(full_depth_share=0.5))
     if request.param == "anytime":
         model = dict(
             **bpe,
@@ -226,9 +229,9 @@ def test_layers_are_drawn_alike_on_all_ranks(recipe_of, processes, tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("recipe_of", ["anytime", "self"], indirect=True)
+@pytest.mark.parametrize("recipe_of", ["anytime", "self", "full_first"], indirect=True)
 def test_a_killed_run_of_several_depths_ends_like_an_unbroken_one(
-    recipe_of, processes, tmp_path
+    recipe_of, processes, tmp_path, request
 ):
     """Killed in the first epoch, and in the second one."""
     for name, moments in (("broken", ["step 2", "step 5"]), ("unbroken", [])):
@@ -243,6 +246,9 @@ def test_a_killed_run_of_several_depths_ends_like_an_unbroken_one(
         assert same(broken[part], unbroken[part]), part
     assert measured(broken) == measured(unbroken)
     assert {"1 train loss_kd", "2 train depth"} <= set(measured(broken))
+    if "full_first" in request.node.name:
+        assert measured(broken)["1 train depth"] == 4
+        assert measured(broken)["2 train depth"] < 4
 
 
 def options(directory, **changes):

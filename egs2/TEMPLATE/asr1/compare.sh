@@ -81,12 +81,18 @@ run_recipe() { # run_recipe SYSTEM EPOCHS SEED [options of run.sh]...
 
 begin_with_shorter() { # begin_with_shorter SYSTEM EPOCHS SEED
     # The first epochs of a longer run are those of the run with equal steps, to the bit,
-    # where the learning rate does not know how long the training is.
+    # where neither the learning rate nor the depth goes by how long the training is.
     local shorter=${expdir}/asr_$1_e${epochs}_seed$3 longer=${expdir}/asr_$1_e$2_seed$3
     if [ "$2" -le "${epochs}" ] || [ -e "${longer}" ] || [ ! -e "${shorter}/.done" ]; then
         return 0
     fi
-    case $(python3 -m dldkit.bin.merge_config "${shorter}/config.yaml" --select scheduler) in
+    local scheduler full_depth_share
+    read -r scheduler full_depth_share < <(python3 -m dldkit.bin.merge_config \
+        "${shorter}/config.yaml" --select scheduler encoder_conf.full_depth_share | xargs)
+    if [[ ${full_depth_share} != None && ${full_depth_share} != 0.0 ]]; then
+        return 0
+    fi
+    case ${scheduler} in
         None | warmuplr | noamlr)
             log "${longer} goes on where ${shorter} ends"
             cp -r "${shorter}" "${longer}.$$" &&
