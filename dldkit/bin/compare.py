@@ -34,8 +34,9 @@ LEGEND = (
     "seed, whose interval knows of utterances alone. A negative one is in favour of "
     "the system that heads the table. `static` is the model trained at "
     "that depth, or a smaller one where that is better; models that lack a seed are "
-    "left out where another one has all. Arithmetic: of the forwards in training, the "
-    "deepest static model's being 1. The last column adds the training of the "
+    "left out where another one has all. A system with exits has no entry at depths "
+    "that have none and that it never draws. Arithmetic: of the forwards in training, "
+    "the deepest static model's being 1. The last column adds the training of the "
     "reference: early exit for a system that begins with its weights (anytime), the "
     "deepest static model for others."
 )

@@ -12,6 +12,7 @@ import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.repeat import MultiSequential
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dldkit.depth.exits import is_trained
 from dldkit.depth.profile import DepthProfile, fingerprint
 from dldkit.depth.sampler import DepthSampler, FullSampler
 from dldkit.depth.selector import select_layers
@@ -258,9 +259,7 @@ class GatedModuleList(Gates, torch.nn.ModuleList):
 def why_untrained(gates: Gates, depth: int, exits: Sequence[int]) -> str:
     """Say why a depth of a model with exits was not trained; empty where it was."""
     number = len(gates)
-    if not exits or depth in (*exits, number):
-        return ""
-    if gates.sampler.weight_of_each_depth(number)[depth]:
+    if is_trained(depth, gates.sampler, number, exits):
         return ""
     return (
         f"depth {depth} was not trained: it has no exit, and depth_sampler never draws "

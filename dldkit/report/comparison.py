@@ -11,6 +11,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dldkit.data.datadir import test_set_dir
+from dldkit.depth.exits import depths_of_exits, is_trained
 from dldkit.depth.sampler import DepthSampler, build_sampler
 from dldkit.errors import UserError
 from dldkit.report.report import environment
@@ -60,6 +61,14 @@ class Run:
         ]
         with atomic(path) as new:
             new.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+    def is_trained_at(self, depth: int) -> bool:
+        """Say whether a depth is one that the model is trained at."""
+        encoder, layers = self.conf["encoder_conf"], max(map(int, self.macs))
+        exits = depths_of_exits(
+            encoder.get("exits"), layers, encoder.get("layer_choice", "random")
+        )
+        return is_trained(depth, _sampler(encoder), layers, exits)
 
     def error_rate(self, test_set: str, depth: int) -> float:
         """Return the word error rate in %."""
@@ -332,7 +341,9 @@ class Comparison:
         return {run.seed for run in self.runs[system]}
 
     def _errors(self, system: str, test_set: str) -> dict[str, list[int]]:
-        return self.runs[system][0].errors[test_set]
+        run = self.runs[system][0]
+        errors = run.errors[test_set]
+        return {d: found for d, found in errors.items() if run.is_trained_at(int(d))}
 
     def _rate(self, system: str, test_set: str, depth: int) -> float:
         return float(np.mean(self._rates(system, test_set, depth)))

@@ -175,6 +175,24 @@ class TestTables:
         again = run_of("static6", 2, errors={"6": [0, 0, 0, 0]})
         assert "(static6)" in tables([*both, lucky, again], systems, budgets)
 
+    def test_leave_out_depths_that_a_system_is_not_trained_at(self):
+        """An exit after every fourth layer: its depth 6 is of no use to anybody."""
+        errors = {depth: [1, 1, 1, 1] for depth in ("12", "8", "6")}
+        runs = [run_of(name, errors=errors) for name in ("static12", "a", "ours")]
+        exits = dict(layer_choice="prefix", exits=4)
+        runs[1].conf["encoder_conf"] = dict(depth_sampler="full", **exits)
+        runs[2].conf["encoder_conf"] = dict(depth_sampler="uniform", **exits)
+        names = ["static12", "a", "ours"]
+        text = tables(runs, names, {"steps": dict.fromkeys(names, 8)})
+        found = {
+            row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
+            for row in text.splitlines()
+            if re.match(r"\| (a|ours) .*10.00", row)
+        }
+        assert found == {"a": ["10.00", "10.00", ""], "ours": ["10.00"] * 3}
+        (difference,) = re.findall(r"\| a +\| \+0.00.*", text)
+        assert [bool(c.strip()) for c in difference.split("|")[2:-1]] == [1, 1, 0]
+
     def test_say_which_systems_have_no_seed_in_common(self):
         runs = [run_of("static12"), run_of("static12", seed=2)]
         runs += [run_of("other"), run_of("mine", seed=2)]
