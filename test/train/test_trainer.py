@@ -251,6 +251,18 @@ def test_a_killed_run_of_several_depths_ends_like_an_unbroken_one(
         assert measured(broken)["2 train depth"] < 4
 
 
+@pytest.mark.integration
+def test_first_epochs_at_full_depth_are_those_of_early_exit(corpus, tmp_path):
+    early_exit = dict(layer_choice="prefix", exits=1, depth_sampler="full")
+    drawn_later = {**early_exit, "depth_sampler": "exits", "full_depth_share": 0.5}
+    for name, encoder_conf, max_epoch in (("a", early_exit, 1), ("b", drawn_later, 2)):
+        changes = dict(encoder="ld_conformer", model="dld", encoder_conf=encoder_conf)
+        main(corpus.training(tmp_path / name, max_epoch=max_epoch, **changes))
+    first = [load(tmp_path / name / "1epoch.pth") for name in "ab"]
+    assert same(*first)
+    assert measured(load(tmp_path / "b/checkpoint.pth"))["2 train depth"] < 4
+
+
 def options(directory, **changes):
     return SimpleNamespace(output_dir=directory, unused_parameters=False, **changes)
 
