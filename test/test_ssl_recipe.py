@@ -279,6 +279,7 @@ def test_all_stages_of_a_distillation(distilled, speech):
     assert len(found["hidden_states"]) == 5
 
 
+@pytest.mark.slow
 def test_a_second_distillation_keeps_everything(distilled):
     recipe, run, _ = distilled
     patterns = (

@@ -24,7 +24,7 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(cmd=None) -> None:
     """Run the command."""
-    from dldkit.sfm.segments import cut_data
+    from dldkit.data.segments import cut_data
 
     cut_data(**vars(parse(get_parser(), cmd)))
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from espnet2.samplers.abs_sampler import AbsSampler
 
-from dldkit.sfm.data import FRAME
+from dldkit.data.segments import GRID
 
-GRID = 5 * FRAME  # samples: lengths within one cell of it count as equal
 LEAST_USED = 0.8
 
 

@@ -16,28 +16,13 @@ from espnet2.train.preprocessor import CommonPreprocessor
 from dldkit.data.audio import BadAudio, declared_length
 from dldkit.data.datadir import read_table, read_text, splits_of
 from dldkit.data.frames import DATA_TYPE
+from dldkit.data.segments import FRAME, SHORTEST, longest
 from dldkit.errors import UserError
 from dldkit.sfm.int8 import unpack
 
-FRAME = 320  # samples: a frame of HuBERT, WavLM, wav2vec2 and Whisper; crops keep to it
-SHORTEST = 2 * FRAME
 TARGETS = "targets"  # the name of the data, and of their table
 CLEAN = "clean"  # speech that the teacher hears, where the student hears another one
 FEATURES = "features"  # the table of the teacher's CNN features, and its directory
-
-
-def longest(max_seconds: float, fs: int) -> float:
-    """Return the samples of `max_seconds` at `fs` Hz.
-
-    Raises:
-        UserError: nothing can be learnt from so few.
-    """
-    if not max_seconds * fs >= SHORTEST:  # nan, too
-        raise UserError(
-            f"max_seconds {max_seconds} is too short to learn from: choose "
-            f"{SHORTEST / fs} or more"
-        )
-    return max_seconds * fs
 
 
 class NoisySpeech(CommonPreprocessor):

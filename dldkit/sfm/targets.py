@@ -15,9 +15,10 @@ import yaml
 from dldkit.data.audio import BadAudio, declared_length, read_audio
 from dldkit.data.datadir import Table, read_lengths, read_table
 from dldkit.data.frames import Part, collect, model_digest, parts_of
+from dldkit.data.segments import FRAME, SHORTEST
 from dldkit.errors import UserError
 from dldkit.parallel import refuse_missing_gpu
-from dldkit.sfm.data import FEATURES, FRAME, SHORTEST, TARGETS
+from dldkit.sfm.data import FEATURES, TARGETS
 from dldkit.sfm.int8 import pack
 from dldkit.sfm.options import usual_layers
 from dldkit.sfm.teacher.cached import CNN, TARGETS_DESCRIPTION, CachedTeacher

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from espnet2.samplers.build_batch_sampler import build_batch_sampler
 
-from dldkit.sfm.batches import GRID, LengthBuckets, report_used
-from dldkit.sfm.segments import segments_of
+from dldkit.data.segments import GRID, segments_of
+from dldkit.sfm.batches import LengthBuckets, report_used
 
 ROOT = Path(__file__).resolve().parents[2]
 

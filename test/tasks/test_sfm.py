@@ -15,12 +15,12 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from dldkit.bin import sfm_teacher_loss
 from dldkit.bin.sfm_distill_train import main
+from dldkit.data.segments import cut_data
 from dldkit.depth.layers import GatedModuleList, optimizer_steps
 from dldkit.errors import UserError
 from dldkit.sfm.batches import LengthBuckets
 from dldkit.sfm.export import export
 from dldkit.sfm.model import SFMDistillModel
-from dldkit.sfm.segments import cut_data
 from dldkit.sfm.targets import collect_targets
 from dldkit.sfm.teacher_loss import teacher_loss
 from dldkit.tasks.sfm import SFMDistillTask

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import transformers
 
 from dldkit.asr.hf_encoder import weight_files
-from dldkit.sfm.data import FRAME
+from dldkit.data.segments import FRAME
 from dldkit.sfm.pretrained import load_whisper_encoder
 from dldkit.sfm.teacher import hub
 from dldkit.sfm.teacher.live import LiveTeacher

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 
 from dldkit.errors import UserError
 from dldkit.sfm.teacher.opening import open_teacher, teacher_info, weight_files
@@ -41,7 +42,7 @@ def test_refuses_layers_that_are_not_there(layers, any_teacher):
 
 @pytest.mark.parametrize("name", ["nothing/here", "missing.pth", "directory"])
 def test_refuses_what_is_no_teacher(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "directory").mkdir()
     with pytest.raises(UserError, match=f"no teacher.* {name}"):

@@ -7,8 +7,25 @@ from typing import Optional
 from dldkit.data.datadir import read_lengths, read_table, write_data_dir
 from dldkit.data.format import Format, format_data
 from dldkit.errors import UserError
-from dldkit.sfm.batches import GRID
-from dldkit.sfm.data import longest
+
+# In samples. Segments and crops keep to frames of HuBERT, WavLM, wav2vec2 and Whisper.
+FRAME = 320
+SHORTEST = 2 * FRAME
+GRID = 5 * FRAME  # lengths within one cell of it count as equal
+
+
+def longest(max_seconds: float, fs: int) -> float:
+    """Return the samples of `max_seconds` at `fs` Hz.
+
+    Raises:
+        UserError: nothing can be learnt from so few.
+    """
+    if not max_seconds * fs >= SHORTEST:  # nan, too
+        raise UserError(
+            f"max_seconds {max_seconds} is too short to learn from: choose "
+            f"{SHORTEST / fs} or more"
+        )
+    return max_seconds * fs
 
 
 def segments_of(samples: int, most: float) -> list[tuple[int, int]]:

@@ -3,8 +3,8 @@ import pytest
 import soundfile
 
 from dldkit.data.datadir import read_table
+from dldkit.data.segments import cut_data, segments_of
 from dldkit.errors import UserError
-from dldkit.sfm.segments import cut_data, segments_of
 
 
 @pytest.mark.parametrize("samples", [900, 1600, 31999, 32000, 32001, 250000])
