@@ -74,4 +74,4 @@ def test_a_config_begins_with_hardware_hours_and_error_rate(config):
     comment = re.match(r"((?:# .*\n)+)", config.read_text())[1].lower()
     assert "hardware" in comment and "hours" in comment
     assert "wer" in comment or "cer" in comment
-    assert "not measured" in comment
+    assert "not measured" in comment or re.search(r"\d %", comment)
