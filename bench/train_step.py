@@ -35,7 +35,7 @@ from dldkit.asr.loading import without_espnets_news
 from dldkit.asr.posteriors import pack
 from dldkit.asr.reference import POSTERIORS, LiveReference
 from dldkit.config_files import merge_configs
-from dldkit.depth.sampler import build_sampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError, report_user_errors
 from dldkit.options import command_parser, positive
 from dldkit.report.cost import counted_macs
@@ -151,7 +151,7 @@ class System:
 
     def loss(self, depth: int) -> torch.Tensor:
         """Run a forward in which the sampler draws `depth`."""
-        fixed = build_sampler(
+        fixed = DepthSampler(
             {depth: 1.0},
             min_depth=self.sampler.min_depth,
             layer_choice=self.sampler.layer_choice,

@@ -12,7 +12,7 @@ from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 
 from dldkit.depth.exits import depths_of_exits
 from dldkit.depth.layers import DynamicDepth, GatedLayers
-from dldkit.depth.sampler import build_sampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 from dldkit.signature import checked_options, merged_signature
@@ -195,7 +195,7 @@ class LayerDropEncoder(ExitingEncoder):
         super().__init__(*args, **kwargs)
         self.encoders = GatedLayers(
             *self.encoders,
-            sampler=build_sampler(
+            sampler=DepthSampler(
                 depth_sampler,
                 keep_prob,
                 min_depth,

@@ -12,7 +12,7 @@ from espnet2.legacy.nets.pytorch_backend.transformer.subsampling import TooShort
 
 from dldkit.asr.encoder import ExitingEncoder
 from dldkit.depth.layers import optimizer_steps
-from dldkit.depth.sampler import build_sampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 from dldkit.hf_options import check_values
 from dldkit.options import sampling_rate
@@ -140,7 +140,7 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
             self.model = family.build(config)
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-        sampler = build_sampler(
+        sampler = DepthSampler(
             depth_sampler, keep_prob, min_depth, layer_choice, exits, full_depth_share
         )
         self.family.gate(self.model, sampler)

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dldkit.depth.exits import is_trained
 from dldkit.depth.profile import DepthProfile, fingerprint
-from dldkit.depth.sampler import DepthSampler, FullSampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.depth.selector import select_layers
 from dldkit.depth.statistics import use_statistics
 from dldkit.errors import UserError
@@ -51,7 +51,7 @@ class Gates(torch.nn.Module):
 
     def open(self, sampler: Optional[DepthSampler] = None) -> None:
         """Select all slots, and let `sampler` draw those of each training step."""
-        self.sampler = sampler or FullSampler()
+        self.sampler = sampler or DepthSampler("full")
         self.sampler.check(len(self))
         self._rng: Optional[random.Random] = None
         self._seed: Optional[int] = None

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from dldkit.data.datadir import test_set_dir
 from dldkit.depth.exits import depths_of_exits, is_trained
-from dldkit.depth.sampler import DepthSampler, build_sampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 from dldkit.report.report import environment
 from dldkit.report.scoring import Score, score_files
@@ -166,13 +166,9 @@ def _sampler(encoder: Mapping[str, Any]) -> DepthSampler:
     name = encoder.get("depth_sampler", "bernoulli")
     if isinstance(name, Mapping):  # JSON's keys are strings
         name = {int(depth): weight for depth, weight in name.items()}
-    return build_sampler(
-        name,
-        encoder.get("keep_prob", 0.5),
-        encoder.get("min_depth", 1),
-        encoder.get("layer_choice", "random"),
-        encoder.get("exits", ()),
-        encoder.get("full_depth_share", 0.0),
+    options = "keep_prob", "min_depth", "layer_choice", "exits", "full_depth_share"
+    return DepthSampler(
+        name, **{key: encoder[key] for key in options if key in encoder}
     )
 
 

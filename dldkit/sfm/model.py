@@ -8,7 +8,7 @@ from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
 from dldkit.depth.exits import depths_of_exits
-from dldkit.depth.sampler import build_sampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 from dldkit.sfm.loss import HiddenStateLoss, trim
@@ -115,9 +115,7 @@ class SFMDistillModel(AbsESPnetModel):
             raise UserError(
                 f"unknown carried_by {carried_by!r}: choose {', '.join(CARRIED_BY)}"
             )
-        sampler = build_sampler(
-            depth_sampler, keep_prob, min_depth, layer_choice, exits
-        )
+        sampler = DepthSampler(depth_sampler, keep_prob, min_depth, layer_choice, exits)
         self.student = build_student(student_conf, sampler)
         self.layer_init = list(layer_init or ())
         self.num_layers = num_layers = self.student.config.num_hidden_layers

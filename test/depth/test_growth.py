@@ -6,7 +6,7 @@ import torch
 from transformers import HubertConfig, HubertModel
 
 from dldkit.depth.growth import boundaries, copy_maps, grow
-from dldkit.depth.sampler import FullSampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 from dldkit.sfm.student import build_student
 
@@ -219,7 +219,7 @@ class Hubert:
 
     def __init__(self, *_):
         torch.manual_seed(0)
-        self.gated = build_student(self.CONF, FullSampler())
+        self.gated = build_student(self.CONF, DepthSampler("full"))
         self.layers = self.gated.encoder.layers
         self.inputs = torch.randn(2, 4000, generator=torch.Generator().manual_seed(1))
 

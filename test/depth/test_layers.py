@@ -9,7 +9,7 @@ from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
 from transformers import HubertConfig, HubertModel
 
 from dldkit.depth.layers import GatedModuleList, find_gates
-from dldkit.depth.sampler import UniformSampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 
 
@@ -480,7 +480,7 @@ class TestGatedModuleList:
         assert torch.equal(output, plain.eval()(self.speech).last_hidden_state)
 
     def test_prints_its_layers_whatever_runs(self, hubert):
-        _, gated = hubert(3, UniformSampler())
+        _, gated = hubert(3, DepthSampler("uniform"))
         gated.encoder.layers.select((0,))
         printed = repr(gated.train().encoder.layers)
         assert printed.startswith("GatedModuleList(")
@@ -505,7 +505,7 @@ class TestGatedModuleList:
             assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
 
     def test_a_layer_that_is_off_is_not_called_and_does_not_learn(self, hubert):
-        _, gated = hubert(4, UniformSampler())
+        _, gated = hubert(4, DepthSampler("uniform"))
         layers, slots = gated.encoder.layers, list(gated.encoder.layers.children())
         calls = []
         for slot, layer in enumerate(slots):
@@ -531,7 +531,7 @@ class TestGatedModuleList:
 
     def test_refuses_an_impossible_min_depth_at_once(self, hubert):
         with pytest.raises(UserError, match="min_depth 5 .* 4 layers"):
-            hubert(4, UniformSampler(min_depth=5))
+            hubert(4, DepthSampler("uniform", min_depth=5))
 
 
 class TestFindGates:

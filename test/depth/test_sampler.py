@@ -5,13 +5,7 @@ from collections import Counter
 
 import pytest
 
-from dldkit.depth.sampler import (
-    BernoulliSampler,
-    DepthSampler,
-    FullSampler,
-    UniformSampler,
-    build_sampler,
-)
+from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 
 
@@ -45,24 +39,24 @@ def gates_one_by_one(num_layers: int, keep: float, min_depth: int) -> dict:
 
 @pytest.mark.parametrize("keep, min_depth", [(0.5, 1), (0.3, 1), (0.8, 2), (0.5, 3)])
 def test_bernoulli_is_independent_gates_without_the_empty_draw(keep, min_depth):
-    drawn = draws(BernoulliSampler(keep, min_depth), 5, 20000)
+    drawn = draws(DepthSampler("bernoulli", keep, min_depth), 5, 20000)
     assert chi_square(Counter(drawn), gates_one_by_one(5, keep, min_depth)) < 1.8
 
 
 def test_bernoulli_of_another_keep_prob_is_told_apart():
-    drawn = draws(BernoulliSampler(0.45), 5, 20000)
+    drawn = draws(DepthSampler("bernoulli", 0.45), 5, 20000)
     assert chi_square(Counter(drawn), gates_one_by_one(5, 0.5, 1)) > 5
 
 
 def test_bernoulli_depths_of_twelve_layers():
-    drawn = draws(BernoulliSampler(0.5), 12, 40000)
+    drawn = draws(DepthSampler("bernoulli", 0.5), 12, 40000)
     depths = Counter(len(layers) for layers in drawn)
     probability = {n: math.comb(12, n) / (2**12 - 1) for n in range(1, 13)}
     assert chi_square(depths, probability) < 2.5
 
 
 def test_bernoulli_that_keeps_everything():
-    assert set(draws(BernoulliSampler(1.0), 4, 50)) == {(0, 1, 2, 3)}
+    assert set(draws(DepthSampler("bernoulli", 1.0), 4, 50)) == {(0, 1, 2, 3)}
 
 
 @pytest.mark.parametrize("min_depth", [1, 3])
@@ -73,7 +67,7 @@ def test_uniform_depth_then_a_random_subset(min_depth):
         for n in depths
         for subset in itertools.combinations(range(5), n)
     }
-    drawn = draws(UniformSampler(min_depth), 5, 20000)
+    drawn = draws(DepthSampler("uniform", min_depth=min_depth), 5, 20000)
     assert chi_square(Counter(drawn), expected) < 1.8
 
 
@@ -85,11 +79,11 @@ def test_uniform_depth_then_a_random_subset(min_depth):
 def test_a_layer_choice_changes_the_layers_but_not_the_depths(
     name, choice, six_of_twelve
 ):
-    drawn = draws(build_sampler(name, layer_choice=choice), 12, 20000)
+    drawn = draws(DepthSampler(name, layer_choice=choice), 12, 20000)
     assert len(set(drawn)) == len({len(layers) for layers in drawn})
     assert six_of_twelve in drawn
-    weights = build_sampler(name).weights(12)
-    expected = {n: w / sum(weights) for n, w in enumerate(weights, start=1)}
+    weights = DepthSampler(name).weight_of_each_depth(12)
+    expected = {n: w / sum(weights.values()) for n, w in weights.items()}
     rare = [n for n, p in expected.items() if p * 20000 < 6]
     counts = Counter(len(layers) for layers in drawn if len(layers) not in rare)
     assert chi_square(counts, {n: p for n, p in expected.items() if n not in rare}) < 2
@@ -98,20 +92,20 @@ def test_a_layer_choice_changes_the_layers_but_not_the_depths(
 def test_a_layer_choice_holds_among_the_given_layers():
     """As in a growing model, of which only some slots are there yet."""
     rng = random.Random(0)
-    sampler = UniformSampler(layer_choice="prefix")
+    sampler = DepthSampler("uniform", layer_choice="prefix")
     drawn = {sampler.draw((2, 5, 9), rng) for _ in range(100)}
     assert drawn == {(2,), (2, 5), (2, 5, 9)}
 
 
 def test_weights_by_depth():
-    drawn = draws(build_sampler({12: 2, 6: 1, 2: 1.0}), 12, 20000)
+    drawn = draws(DepthSampler({12: 2, 6: 1, 2: 1.0}), 12, 20000)
     depths = Counter(len(layers) for layers in drawn)
     assert chi_square(depths, {12: 0.5, 6: 0.25, 2: 0.25}) < 3
 
 
 @pytest.mark.parametrize("exits", [2, [2, 4]])
 def test_depths_that_have_an_exit(exits):
-    sampler = build_sampler("exits", layer_choice="prefix", exits=exits)
+    sampler = DepthSampler("exits", layer_choice="prefix", exits=exits)
     depths = Counter(len(layers) for layers in draws(sampler, 6, 20000))
     assert chi_square(depths, {2: 1 / 3, 4: 1 / 3, 6: 1 / 3}) < 3
     assert sampler.smallest(6) == 2
@@ -122,7 +116,7 @@ def test_depths_that_have_an_exit(exits):
 @pytest.mark.parametrize("exits", [0, ()])
 def test_depths_of_exits_need_some(exits):
     with pytest.raises(UserError, match="depth_sampler: exits .*: set exits"):
-        build_sampler("exits", layer_choice="prefix", exits=exits)
+        DepthSampler("exits", layer_choice="prefix", exits=exits)
 
 
 @pytest.mark.parametrize(
@@ -138,17 +132,17 @@ def test_depths_of_exits_need_some(exits):
 )
 def test_refuses_impossible_weights(weights, message):
     with pytest.raises(UserError, match=message):
-        build_sampler(weights).check(4)
+        DepthSampler(weights).check(4)
 
 
 def test_full():
-    assert set(draws(FullSampler(), 6, 20)) == {(0, 1, 2, 3, 4, 5)}
+    assert set(draws(DepthSampler("full"), 6, 20)) == {(0, 1, 2, 3, 4, 5)}
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "uniform", "full"])
 def test_never_zero_layers_and_always_in_order(name):
     for num_layers in (1, 2, 12):
-        for layers in draws(build_sampler(name, 0.02, 1), num_layers, 500):
+        for layers in draws(DepthSampler(name, 0.02, 1), num_layers, 500):
             assert len(layers) >= 1
             assert list(layers) == sorted(set(layers))
             assert set(layers) <= set(range(num_layers))
@@ -156,22 +150,14 @@ def test_never_zero_layers_and_always_in_order(name):
 
 def test_draws_some_of_the_given_layers():
     rng = random.Random(0)
-    drawn = {UniformSampler().draw((2, 5, 9), rng) for _ in range(200)}
+    drawn = {DepthSampler("uniform").draw((2, 5, 9), rng) for _ in range(200)}
     assert drawn == {(2,), (5,), (9,), (2, 5), (2, 9), (5, 9), (2, 5, 9)}
 
 
 def test_the_generator_decides():
-    sampler = BernoulliSampler(0.5)
+    sampler = DepthSampler("bernoulli", 0.5)
     assert draws(sampler, 12, 50, seed=4) == draws(sampler, 12, 50, seed=4)
     assert draws(sampler, 12, 50, seed=4) != draws(sampler, 12, 50, seed=5)
-
-
-def test_another_policy_is_a_distribution_over_the_depth():
-    class Deep(DepthSampler):
-        def weights(self, num_layers):
-            return [n == num_layers - 1 for n in range(1, num_layers + 1)]
-
-    assert {len(layers) for layers in draws(Deep(), 6, 50)} == {5}
 
 
 @pytest.mark.parametrize(
@@ -185,21 +171,21 @@ def test_another_policy_is_a_distribution_over_the_depth():
 )
 def test_refuses_impossible_options(name, keep_prob, min_depth, message):
     with pytest.raises(UserError, match=message):
-        build_sampler(name, keep_prob, min_depth)
+        DepthSampler(name, keep_prob, min_depth)
 
 
 def test_refuses_an_unknown_layer_choice():
     with pytest.raises(UserError, match="'odd': choose one of random, even, prefix"):
-        build_sampler("uniform", layer_choice="odd")
+        DepthSampler("uniform", layer_choice="odd")
 
 
 def test_refuses_a_min_depth_above_the_layers():
     with pytest.raises(UserError, match="min_depth 4 .* 3 layers"):
-        UniformSampler(4).draw(range(3), random.Random(0))
+        DepthSampler("uniform", min_depth=4).draw(range(3), random.Random(0))
 
 
 def test_steps_at_full_depth_count_in_what_a_training_runs():
-    sampler = build_sampler({2: 1, 4: 3}, full_depth_share=0.2)
+    sampler = DepthSampler({2: 1, 4: 3}, full_depth_share=0.2)
     shares = sampler.share_of_each_depth(4)
     assert shares == pytest.approx({1: 0, 2: 0.2, 3: 0, 4: 0.8})
 
@@ -214,4 +200,4 @@ def test_steps_at_full_depth_count_in_what_a_training_runs():
 )
 def test_refuses_a_share_at_full_depth(name, share, message):
     with pytest.raises(UserError, match=message):
-        build_sampler(name, full_depth_share=share)
+        DepthSampler(name, full_depth_share=share)

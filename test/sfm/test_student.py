@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import HubertConfig, HubertModel
 
-from dldkit.depth.sampler import BernoulliSampler, FullSampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 from dldkit.sfm.student import build_student
 from dldkit.sfm.wave import cnn_features, frame_lengths, frame_mask, hidden_states
@@ -25,7 +25,7 @@ def conf(request, student_conf):
 
 def build(conf, sampler=None):
     torch.manual_seed(0)
-    student = build_student(conf, sampler or FullSampler()).eval()
+    student = build_student(conf, sampler or DepthSampler("full")).eval()
     with torch.no_grad():
         for weight in student.parameters():  # no bias zero, no norm one
             weight.add_(0.1 * torch.randn_like(weight))
@@ -76,7 +76,7 @@ def test_the_papers_student_has_26_87_million_parameters():
             intermediate_size=1536,
             num_attention_heads=8,
         ),
-        FullSampler(),
+        DepthSampler("full"),
     )
     assert sum(weight.numel() for weight in student.parameters()) == 26_872_960
     states = student.state_dict()
@@ -87,7 +87,7 @@ def test_the_papers_student_has_26_87_million_parameters():
 
 
 def test_state_dict_keys_are_those_of_transformers(conf):
-    student = build(conf, BernoulliSampler())
+    student = build(conf, DepthSampler("bernoulli"))
     student.encoder.layers.select([1, 3])
     theirs = HubertModel(HubertConfig(**{**conf, **NO_MASKS})).state_dict()
     assert list(student.state_dict()) == list(theirs)
@@ -164,7 +164,7 @@ def test_does_without_the_masking_machinery(student_conf):
 )
 def test_refuses_what_is_no_student(student_conf, wrong, message):
     with pytest.raises(UserError, match=message):
-        build_student({**student_conf, **wrong}, FullSampler())
+        build_student({**student_conf, **wrong}, DepthSampler("full"))
 
 
 def states_and_masks(student, speech, lengths):
@@ -224,4 +224,4 @@ def test_speech_that_is_shorter_than_a_span_is_not_masked(student_conf):
 
 
 def test_zero_is_no_wish_to_drop_layers(student_conf):
-    build_student({**student_conf, **NO_MASKS}, FullSampler())
+    build_student({**student_conf, **NO_MASKS}, DepthSampler("full"))

@@ -20,7 +20,7 @@ from espnet2.train.reporter import Reporter
 
 from dldkit.bin.asr_train import main
 from dldkit.depth.layers import GatedModuleList
-from dldkit.depth.sampler import DepthSampler, UniformSampler
+from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 from dldkit.train.stacking import FullDepthReporter, Stacking, StackingTrainer
 
@@ -212,7 +212,7 @@ class TestBoundaries:
     @pytest.mark.parametrize("random_depth", ["always", "last_stage"])
     def test_random_depth_may_wait_for_the_last_stage(self, random_depth):
         """A stage that draws none runs all of its layers, a sandwich included."""
-        model = Tower(4, UniformSampler(layer_choice="prefix"))
+        model = Tower(4, DepthSampler("uniform", layer_choice="prefix"))
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         drawn: dict[int, set[int]] = {2: set(), 4: set()}
         stacking = Stacking(depths=[2, 4], method="stack", random_depth=random_depth)
