@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Union
 
-from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 
 
@@ -38,15 +37,3 @@ def depths_of_exits(
             "set layer_choice: prefix"
         )
     return sorted(set(exits))
-
-
-def is_trained(
-    depth: int, sampler: DepthSampler, num_layers: int, exits: Sequence[int]
-) -> bool:
-    """Say whether a model is trained at a depth: it is drawn, or has an exit.
-
-    Without exits, all depths count: random and even layers were parts of others.
-    """
-    if not exits or depth in (*exits, num_layers):
-        return True
-    return sampler.weight_of_each_depth(num_layers)[depth] > 0

@@ -12,7 +12,6 @@ import torch
 from espnet2.legacy.nets.pytorch_backend.transformer.repeat import MultiSequential
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dldkit.depth.exits import is_trained
 from dldkit.depth.profile import DepthProfile, fingerprint
 from dldkit.depth.sampler import DepthSampler
 from dldkit.depth.selector import select_layers
@@ -153,6 +152,17 @@ class Gates(torch.nn.Module):
             self._smallest = self.sampler.choose(self.selected, smallest, self._rng)
         return list(dict.fromkeys([self.selected, self._smallest, *draws]))
 
+    def why_untrained(self, depth: int) -> str:
+        """Say why a depth of a model with exits was not trained; empty where it was."""
+        number = len(self)
+        if self.sampler.trains(depth, number):
+            return ""
+        trained = [n for n in range(1, number + 1) if self.sampler.trains(n, number)]
+        return (
+            f"depth {depth} was not trained: it has no exit, and depth_sampler never "
+            f"draws it; choose one of {trained}"
+        )
+
     def _follow_seed(self) -> None:
         # ESPnet seeds torch with `seed + epoch` on every rank before each epoch, and
         # then calls train(). Gates that follow that seed through a generator of their
@@ -256,17 +266,6 @@ class GatedModuleList(Gates, torch.nn.ModuleList):
         return lambda hidden_states, **kwargs: hidden_states
 
 
-def why_untrained(gates: Gates, depth: int, exits: Sequence[int]) -> str:
-    """Say why a depth of a model with exits was not trained; empty where it was."""
-    number = len(gates)
-    if is_trained(depth, gates.sampler, number, exits):
-        return ""
-    return (
-        f"depth {depth} was not trained: it has no exit, and depth_sampler never draws "
-        f"it; choose one of {sorted({*exits, number})}"
-    )
-
-
 def find_gates(model: torch.nn.Module) -> Optional[Gates]:
     """Return the gated layers of a model, None if it has none."""
     return next((m for m in model.modules() if isinstance(m, Gates)), None)
@@ -344,7 +343,7 @@ class DynamicDepth:
 
     def _warn_of_untrained(self, layers: tuple[int, ...]) -> None:
         """Say once that first layers end where a model with exits has none."""
-        why = why_untrained(self.gates, len(layers), getattr(self, "exits", ()))
+        why = self.gates.why_untrained(len(layers))
         if why and layers not in self._warned:
             self._warned |= {layers}
             logging.warning(why)

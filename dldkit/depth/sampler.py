@@ -9,6 +9,7 @@ import math
 import random
 from typing import Mapping, Sequence, Union
 
+from dldkit.depth.exits import depths_of_exits
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 
@@ -140,6 +141,16 @@ class DepthSampler:
         shares = {depth: (1 - first) * w / total for depth, w in weights.items()}
         shares[num_layers] += first
         return shares
+
+    def trains(self, depth: int, num_layers: int) -> bool:
+        """Say whether a model is trained at a depth: it is drawn, or has an exit.
+
+        Without exits, all depths count: random and even layers were parts of others.
+        """
+        exits = depths_of_exits(self.exits, num_layers, self.layer_choice)
+        if not exits or depth in (*exits, num_layers):
+            return True
+        return self.weight_of_each_depth(num_layers)[depth] > 0
 
     def weight_of_each_depth(self, num_layers: int) -> dict[int, float]:
         """Return the unnormalised probability of each depth, from 1 layer to all.

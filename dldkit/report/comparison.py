@@ -11,7 +11,6 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dldkit.data.datadir import test_set_dir
-from dldkit.depth.exits import depths_of_exits, is_trained
 from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 from dldkit.report.report import environment
@@ -65,10 +64,7 @@ class Run:
     def is_trained_at(self, depth: int) -> bool:
         """Say whether a depth is one that the model is trained at."""
         encoder, layers = self.conf["encoder_conf"], max(map(int, self.macs))
-        exits = depths_of_exits(
-            encoder.get("exits"), layers, encoder.get("layer_choice", "random")
-        )
-        return is_trained(depth, _sampler(encoder), layers, exits)
+        return _sampler(encoder).trains(depth, layers)
 
     def error_rate(self, test_set: str, depth: int) -> float:
         """Return the word error rate in %."""

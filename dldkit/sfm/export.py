@@ -12,7 +12,6 @@ import torch
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from dldkit.asr.loading import check_weights, read_checkpoint
-from dldkit.depth.layers import why_untrained
 from dldkit.depth.selector import select_layers
 from dldkit.errors import UserError
 
@@ -67,7 +66,7 @@ def export(
     slots = select_layers(
         student.config.num_hidden_layers, depth, layers, selector or model.selector
     )
-    if why := why_untrained(student.encoder.layers, len(slots), model.exits):
+    if why := student.encoder.layers.why_untrained(len(slots)):
         logging.warning(why)
     grown = _layers_so_far(Path(model_file))
     if grown is not None and max(slots) >= grown:
