@@ -172,7 +172,7 @@ def test_statistics_are_shared_and_collected_once(corpus, tmp_path, caplog):
 
 
 @pytest.mark.integration
-def test_two_jobs_in_one_directory(corpus, python, tmp_path):
+def test_two_jobs_in_one_directory(corpus, tmp_path):
     """One trains, the other waits and uses what it made; both end well."""
     exp = tmp_path / "exp"
     command = [sys.executable, "-m", "dldkit.bin.asr_train"]
@@ -196,7 +196,7 @@ def test_two_jobs_in_one_directory(corpus, python, tmp_path):
     assert f"is in use by process {holder}" in waiting
     assert "is finished already" in waiting
     alone = tmp_path / "alone"
-    python("-m", "dldkit.bin.asr_train", *corpus.training(alone, max_epoch=20))
+    main(corpus.training(alone, max_epoch=20))
     for key, value in torch.load(alone / MODEL).items():
         assert torch.equal(value, torch.load(exp / MODEL)[key])
 
