@@ -22,6 +22,7 @@ PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
 ANYTIME = ("anytime", "anytime_uniform")
 PULLED = ("dld_paper", "dld", "nested", *ANYTIME)  # to a reference
 ALONE = "anytime_alone"
+EARLY_EXIT = ("early_exit", "early_exit_half")
 
 pytestmark = pytest.mark.integration
 
@@ -67,12 +68,12 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     assert built["encoder"].startswith("ld_")
     dynamic = system.stem in (*PULLED, "rd", ALONE)
     assert (encoder["depth_sampler"] != "full") == dynamic
-    ours = dynamic or system.stem == "early_exit"
+    ours = dynamic or system.stem in EARLY_EXIT
     assert built["model"] == ("dld" if ours else "espnet")
     if ours:
         reference = built["model_conf"]["reference"]
         assert reference == ("exp/asr_static" if system.stem in PULLED else None)
-    exits = ("early_exit", ALONE, *ANYTIME)
+    exits = (*EARLY_EXIT, ALONE, *ANYTIME)
     assert bool(encoder.get("exits")) == (system.stem in exits)
     prefix = ("nested", *exits)
     choice = dict.fromkeys(prefix, "prefix") | dict(dld="even", rd="even")
@@ -96,6 +97,9 @@ def test_variants_of_anytime_differ_in_what_they_are_named_for():
     anytime["encoder_conf"]["exits"] = 1
     del anytime["specaug_conf"]  # of no use to waveforms
     assert yaml.safe_load(own.read_text()) == anytime
+    half = yaml.safe_load((shared / "early_exit_half.yaml").read_text())
+    assert half["model_conf"].pop("exit_gradient") == 0.5
+    assert half == yaml.safe_load((shared / "early_exit.yaml").read_text())
 
 
 class An4:

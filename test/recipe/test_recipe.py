@@ -370,6 +370,7 @@ def test_validation_is_at_full_half_and_the_smallest_depth(
         ("anytime", "true"),
         ("anytime_uniform", "true"),
         ("anytime_alone", "false"),
+        ("early_exit_half", "false"),
         ("rd", "false"),
         ("static", "false"),
         ("early_exit", "false"),
