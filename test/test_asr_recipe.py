@@ -405,6 +405,8 @@ def test_cached_posteriors_are_data_of_the_student(an4):
     for part in ("train", "valid"):
         entries = config[f"{part}_data_path_and_name_and_type"]
         assert [f"{cache}/posteriors.scp", "posteriors", "numpy_ark"] in entries
+    again = an4.run(*words, "--stop_stage", 9)
+    assert "posteriors_top5 is finished already, kept" in again
 
 
 def test_a_published_model_is_what_a_training_starts_from(an4, tmp_path):

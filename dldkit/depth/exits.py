@@ -6,6 +6,13 @@ from typing import Union
 from dldkit.errors import UserError
 
 
+def listed(exits: Union[int, Sequence[int], None], num_layers: int) -> Sequence[int]:
+    """Return the depths that an option names: a number stands for every so many."""
+    if isinstance(exits, int):
+        return range(exits, num_layers, exits)
+    return exits or ()
+
+
 def depths_of_exits(
     exits: Union[int, Sequence[int], None], num_layers: int, layer_choice: str
 ) -> list[int]:
@@ -18,12 +25,9 @@ def depths_of_exits(
     Raises:
         UserError: for an exit that does not exist, or exits that mean no depth.
     """
-    if exits is None:
-        return []
-    if isinstance(exits, int):
-        if exits < 1:
-            raise UserError(f"exits: {exits}: write a number above 0, or depths")
-        exits = range(exits, num_layers, exits)
+    if isinstance(exits, int) and exits < 1:
+        raise UserError(f"exits: {exits}: write a number above 0, or depths")
+    exits = listed(exits, num_layers)
     for depth in exits:
         if not isinstance(depth, int) or not 1 <= depth < num_layers:
             raise UserError(

@@ -9,7 +9,7 @@ import math
 import random
 from typing import Mapping, Sequence, Union
 
-from dldkit.depth.exits import depths_of_exits
+from dldkit.depth.exits import depths_of_exits, listed
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 
@@ -183,9 +183,7 @@ class DepthSampler:
             case "full":
                 drawn = {num_layers: 1.0}
             case "exits":
-                exits = self.exits
-                if isinstance(exits, int):
-                    exits = range(exits, num_layers, exits)
+                exits = listed(self.exits, num_layers)
                 drawn = dict.fromkeys([*exits, num_layers], 1.0)
             case weight_of_depth:
                 drawn = weight_of_depth
