@@ -10,7 +10,6 @@ from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
 from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 
-from dldkit.depth.exits import depths_of_exits
 from dldkit.depth.layers import DynamicDepth, GatedLayers
 from dldkit.depth.sampler import DepthSampler
 from dldkit.depth.selector import SELECTORS
@@ -33,15 +32,12 @@ class ExitingEncoder(DynamicDepth):
 
     exits: list[int]
 
-    def set_exits(self, exits: Union[int, Sequence[int]], layer_choice: str) -> None:
-        """Take over the options `exits` and `layer_choice`, once layers are gated.
-
-        Raises:
-            UserError: for exits that the encoder does not have, or that mean no depth.
-        """
-        self.exits = depths_of_exits(exits, len(self.gates), layer_choice)
-        if layer_choice in SELECTORS:
-            self.selector = layer_choice
+    def follow_sampler(self) -> None:
+        """Have the exits of the sampler, and its choice of layers, once it is there."""
+        sampler = self.gates.sampler
+        self.exits = sampler.exits_of(len(self.gates))
+        if sampler.layer_choice in SELECTORS:
+            self.selector = sampler.layer_choice
 
     @contextmanager
     def collected(
@@ -205,7 +201,7 @@ class LayerDropEncoder(ExitingEncoder):
             ),
             keep_final_norm=keep_final_norm,
         )
-        self.set_exits(exits, layer_choice)
+        self.follow_sampler()
         if self.exits and kwargs.get("interctc_layer_idx"):
             raise UserError(
                 "exits and interctc_layer_idx train the same outputs: keep one of them"

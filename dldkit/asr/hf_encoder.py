@@ -144,7 +144,7 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
             depth_sampler, keep_prob, min_depth, layer_choice, exits, full_depth_share
         )
         self.family.gate(self.model, sampler)
-        self.set_exits(exits, layer_choice)
+        self.follow_sampler()
         self.layer_logits = None
         if layer_weights == "weighted_sum":
             self.layer_logits = torch.nn.Parameter(torch.zeros(len(self.gates) + 1))

@@ -101,6 +101,7 @@ class DepthSampler:
         Raises:
             UserError: naming the option.
         """
+        self.exits_of(num_layers)
         weights = self.depth_sampler
         if isinstance(weights, Mapping) and max(weights) > num_layers:
             raise UserError(
@@ -142,12 +143,20 @@ class DepthSampler:
         shares[num_layers] += first
         return shares
 
+    def exits_of(self, num_layers: int) -> list[int]:
+        """Return the depths of the exits below the last layer, in order.
+
+        Raises:
+            UserError: for an exit that does not exist, or exits that mean no depth.
+        """
+        return depths_of_exits(self.exits, num_layers, self.layer_choice)
+
     def trains(self, depth: int, num_layers: int) -> bool:
         """Say whether a model is trained at a depth: it is drawn, or has an exit.
 
         Without exits, all depths count: random and even layers were parts of others.
         """
-        exits = depths_of_exits(self.exits, num_layers, self.layer_choice)
+        exits = self.exits_of(num_layers)
         if not exits or depth in (*exits, num_layers):
             return True
         return self.weight_of_each_depth(num_layers)[depth] > 0
@@ -183,7 +192,7 @@ class DepthSampler:
             case "full":
                 drawn = {num_layers: 1.0}
             case "exits":
-                exits = listed(self.exits, num_layers)
+                exits = listed(self.exits, num_layers)  # fewer layers may be selected
                 drawn = dict.fromkeys([*exits, num_layers], 1.0)
             case weight_of_depth:
                 drawn = weight_of_depth

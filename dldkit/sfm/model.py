@@ -7,7 +7,6 @@ import torch
 from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
-from dldkit.depth.exits import depths_of_exits
 from dldkit.depth.sampler import DepthSampler
 from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
@@ -125,7 +124,7 @@ class SFMDistillModel(AbsESPnetModel):
                 f"{num_layers} layers of the student at most"
             )
         self.selector = layer_choice if layer_choice in SELECTORS else "even"
-        self.exits = depths_of_exits(exits, num_layers, layer_choice)
+        self.exits = sampler.exits_of(num_layers)
 
         def new_loss(size: int, layers: Sequence) -> HiddenStateLoss:
             student_size = self.student.config.hidden_size
