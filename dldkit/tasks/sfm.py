@@ -1,6 +1,7 @@
 """Distillation of speech foundation models as an ESPnet task."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -141,15 +142,20 @@ class SFMDistillTask(TrainerChoice, AbsTask):
         """Return ESPnet's factory; sorted batches for training are drawn anew."""
         factory = super().build_sequence_iter_factory(args, iter_options, mode)
         if mode == "train":
-            shapes = load_num_sequence_text(iter_options.shape_files[0], "csv_int")
-            samples = {utt: shape[0] for utt, shape in shapes.items()}
+            samples = _samples(iter_options)
             if iter_options.batch_type == "sorted":
                 factory.sampler = LengthBuckets(list(factory.sampler), samples)
-            collate = iter_options.collate_fn
-            names = [name for _, name, _ in iter_options.data_path_and_name_and_type]
-            crop = collate.crop and TARGETS not in names
-            epoch = factory.build_iter(1).batch_sampler
-            report_used(epoch, samples, crop, collate.max_samples, collate.fs)
+            _report_used(factory, iter_options, samples)
+        return factory
+
+    @classmethod
+    def build_category_iter_factory(
+        cls, args: argparse.Namespace, iter_options: IteratorOptions, mode: str
+    ) -> AbsIterFactory:
+        """Return ESPnet's factory, which mixes corpora."""
+        factory = super().build_category_iter_factory(args, iter_options, mode)
+        if mode == "train":
+            _report_used(factory, iter_options, _samples(iter_options))
         return factory
 
     @classmethod
@@ -262,3 +268,20 @@ class SFMDistillTask(TrainerChoice, AbsTask):
             cuts = map(Path, find_shards(args.train_shar)["cuts"])
             files.update((f"train_shar {path.name}", path) for path in cuts)
         return files
+
+
+def _samples(options: IteratorOptions) -> dict[str, int]:
+    """Return the length of each utterance."""
+    shapes = load_num_sequence_text(options.shape_files[0], "csv_int")
+    return {utt: shape[0] for utt, shape in shapes.items()}
+
+
+def _report_used(
+    factory: AbsIterFactory, options: IteratorOptions, samples: Mapping[str, int]
+) -> None:
+    """Log how much of the audio in the first epoch is heard."""
+    collate = options.collate_fn
+    names = [name for _, name, _ in options.data_path_and_name_and_type]
+    crop = collate.crop and TARGETS not in names
+    batches = factory.build_iter(1).batch_sampler
+    report_used(batches, samples, crop, collate.max_samples, collate.fs)

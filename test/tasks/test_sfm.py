@@ -232,7 +232,9 @@ def test_batches_of_similar_length_are_the_default(training, tmp_path, caplog):
     assert isinstance(factory.sampler, LengthBuckets)
 
 
-def test_corpora_are_mixed_with_espnets_categories(training, corpus, tmp_path, capsys):
+def test_corpora_are_mixed_with_espnets_categories(
+    training, corpus, tmp_path, capsys, caplog
+):
     """One utterance as often as all others together, and a training on that."""
     data = tmp_path / "train"
     data.mkdir()
@@ -261,7 +263,14 @@ def test_corpora_are_mixed_with_espnets_categories(training, corpus, tmp_path, c
     config["train_data_path_and_name_and_type"][0][0] = str(data / "wav.scp")
     file.write_text(yaml.safe_dump(config))
     args = SFMDistillTask.get_parser().parse_args(words)
-    factory = SFMDistillTask.build_iter_factory(args, DistributedOption(), "train")
+    with caplog.at_level("INFO"):
+        factory = SFMDistillTask.build_iter_factory(args, DistributedOption(), "train")
+    batches = list(factory.build_iter(1).batch_sampler)
+    lengths = {utt: len(corpus.speech(utt)) for utt in (first, *others)}
+    whole = [lengths[utt] for batch in batches for utt in batch]
+    heard = sum(min(length, 0.3 * RATE) for length in whole)
+    assert f"{heard / RATE / 3:.1f} s of audio on average: " in caplog.text
+    assert f" {heard / sum(whole):.1%} of its utterances" in caplog.text
     drawn = [utt for batch in factory.sampler for utt in batch]
     assert drawn.count(first) / len(drawn) == pytest.approx(0.5, abs=0.1)
     main(words)
