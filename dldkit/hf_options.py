@@ -1,10 +1,11 @@
-"""What the values of `ld_hf`'s options may be.
+"""Whether transformers is there, and what the values of `ld_hf`'s options may be.
 
-It stands here because recipes check these values as well: `dldkit.asr` imports torch,
-which takes longer than all their checks together.
+It stands here because recipes check both as well: `dldkit.asr` imports torch, which
+takes longer than all their checks together.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from dldkit.errors import UserError
@@ -38,6 +39,19 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "true, false, or null for what the model expects",
     ),
 }
+
+
+def refuse_without_transformers(what: str) -> None:
+    """Refuse what needs transformers where that is not installed.
+
+    Raises:
+        UserError: saying how to install it.
+    """
+    if not find_spec("transformers"):
+        raise UserError(
+            f"{what} needs transformers: run tools/install.sh, or pip install "
+            "'dldkit[sfm]'"
+        )
 
 
 def check_values(**options: Any) -> None:

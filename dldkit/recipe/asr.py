@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dldkit.config_files import merge_files
 from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
-from dldkit.hf_options import check_values
+from dldkit.hf_options import check_values, refuse_without_transformers
 from dldkit.options import exit_thresholds, sampling_rate
 from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
@@ -54,7 +54,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         settings["start_name"] = name_of(options["start_from"])
         settings["token_type"] = start["token_type"]
         config = training_config(options, "asr", systems, start)
-    _check_encoder(options, config)
+    _check_training(options, config)
     settings["needs_reference"] = str(is_open(config, "model_conf.reference")).lower()
     system = training_config({**options, "asr_args": ""}, "asr", systems)
     # what --asr_args give has no place in the system's config any more
@@ -141,7 +141,7 @@ def _reference(
         )
     is_trained = is_open(student, "model_conf.reference") and not options["reference"]
     if is_trained:
-        _check_encoder(options, config)
+        _check_training(options, config)
     if is_open(student, "init_param"):
         fits = is_trained and _weights(config) == _weights(student)
         settings["begins_with"] = "reference" if fits else "random"
@@ -239,8 +239,10 @@ def _num_layers(config: DictConfig) -> Any:
         ) from None
 
 
-def _check_encoder(options: Mapping[str, str], config: DictConfig) -> None:
-    """Refuse an encoder_conf that the encoder can not be built with."""
+def _check_training(options: Mapping[str, str], config: DictConfig) -> None:
+    """Refuse a schedule that is not there, and an encoder that can not be built."""
+    if config.get("scheduler") == "transformers":
+        refuse_without_transformers("scheduler: transformers")
     refuse_unknown_options(config)
     if config.get("encoder") != "ld_hf":
         return

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
+from dldkit.hf_options import refuse_without_transformers
 from dldkit.options import flat_layers
 from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
@@ -22,11 +22,7 @@ from dldkit.recipe.values import runs, words_of
 
 def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     """Check the options of sfm.sh; see `check_asr`."""
-    if not find_spec("transformers"):
-        raise UserError(
-            "distillation needs transformers: run tools/install.sh, or pip install "
-            "'dldkit[sfm]'"
-        )
+    refuse_without_transformers("distillation")
     settings = check_common(options)
     config = training_config(options, "sfm", systems)
     layers = OmegaConf.select(config, "student_conf.num_hidden_layers")

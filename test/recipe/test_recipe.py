@@ -580,6 +580,15 @@ class TestPretrainedEncoder:
             check_hf(**changes)
 
 
+def test_a_schedule_of_transformers_needs_them(check, monkeypatch):
+    schedule = dict(asr_args="--scheduler transformers")
+    check(**schedule)
+    monkeypatch.setattr("dldkit.hf_options.find_spec", lambda name: None)
+    check()
+    with pytest.raises(UserError, match="scheduler: transformers needs transformers"):
+        check(**schedule)
+
+
 def test_a_language_model_needs_a_beam(check):
 
     lm = Path("exp/lm")
