@@ -1,15 +1,16 @@
-"""Whether transformers is there, and what the values of `ld_hf`'s options may be.
+"""Whether transformers is there, and what options that need it may be.
 
 It stands here because recipes check both as well: `dldkit.asr` imports torch, which
 takes longer than all their checks together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from dldkit.errors import UserError
 
+SCHEDULE = ("name", "warmup_ratio")
 LAYER_WEIGHTS = ("last", "weighted_sum")
 SWITCH = (lambda value: isinstance(value, bool), "true or false")
 # `type` where numbers are meant: to `isinstance`, True is the integer 1
@@ -51,6 +52,20 @@ def refuse_without_transformers(what: str) -> None:
         raise UserError(
             f"{what} needs transformers: run tools/install.sh, or pip install "
             "'dldkit[sfm]'"
+        )
+
+
+def check_schedule(scheduler_conf: Mapping[str, Any]) -> None:
+    """Refuse what `scheduler: transformers` can not be built with.
+
+    Raises:
+        UserError: naming the option, or saying how to install transformers.
+    """
+    refuse_without_transformers("scheduler: transformers")
+    if unknown := sorted(set(scheduler_conf) - set(SCHEDULE)):
+        raise UserError(
+            f"scheduler_conf {', '.join(unknown)}: scheduler: transformers takes "
+            f"{' and '.join(SCHEDULE)} alone; warmup_ratio is a share of all steps"
         )
 
 

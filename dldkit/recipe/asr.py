@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dldkit.config_files import merge_files
 from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
-from dldkit.hf_options import check_values, refuse_without_transformers
+from dldkit.hf_options import check_schedule, check_values
 from dldkit.options import exit_thresholds, sampling_rate
 from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
@@ -242,7 +242,7 @@ def _num_layers(config: DictConfig) -> Any:
 def _check_training(options: Mapping[str, str], config: DictConfig) -> None:
     """Refuse a schedule that is not there, and an encoder that can not be built."""
     if config.get("scheduler") == "transformers":
-        refuse_without_transformers("scheduler: transformers")
+        check_schedule(config.get("scheduler_conf") or {})
     refuse_unknown_options(config)
     if config.get("encoder") != "ld_hf":
         return

@@ -11,6 +11,7 @@ from espnet2.train.trainer import Trainer
 from torch.multiprocessing import ProcessExitedException
 
 from dldkit.errors import UserError, report_user_errors
+from dldkit.hf_options import check_schedule
 from dldkit.train.experiment import experiment
 from dldkit.train.stacking import StackingTrainer
 from dldkit.train.trainer import ResumableTrainer
@@ -91,13 +92,13 @@ class TrainerChoice:
                 f"trainer: {args.trainer} takes no trainer_conf, but got "
                 f"{args.trainer_conf}: set trainer: stacking, or remove it"
             )
-        if args.scheduler == "transformers" and not issubclass(
-            cls.trainer, ResumableTrainer
-        ):
-            raise UserError(
-                f"scheduler: transformers with trainer: {args.trainer}, which does not "
-                "tell it how long the training is: choose resumable or stacking"
-            )
+        if args.scheduler == "transformers":
+            check_schedule(args.scheduler_conf)
+            if not issubclass(cls.trainer, ResumableTrainer):
+                raise UserError(
+                    f"scheduler: transformers with trainer: {args.trainer}, which does "
+                    "not tell it how long the training is: choose resumable or stacking"
+                )
         cls.check_data(args)
         super().main_worker(args)
 

@@ -8,7 +8,6 @@ from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.schedulers.abs_scheduler import AbsBatchStepScheduler
 
 from dldkit.errors import UserError
-from dldkit.hf_options import refuse_without_transformers
 from dldkit.signature import checked_options
 
 NEED_LOSSES = ("reduce_lr_on_plateau", "greedy")
@@ -83,9 +82,8 @@ class TransformersSchedule(AbsBatchStepScheduler):
         """Plan for so many optimiser steps.
 
         Raises:
-            UserError: transformers is not there, or has no schedule of that name.
+            UserError: transformers has no schedule of that name.
         """
-        refuse_without_transformers("scheduler: transformers")
         from transformers import get_scheduler
 
         if self.name in NEED_LOSSES:

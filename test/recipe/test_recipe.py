@@ -583,6 +583,8 @@ class TestPretrainedEncoder:
 def test_a_schedule_of_transformers_needs_them(check, monkeypatch):
     schedule = dict(asr_args="--scheduler transformers")
     check(**schedule)
+    with pytest.raises(UserError, match="warmup_steps: .* takes name and warmup_ratio"):
+        check(asr_args="--scheduler transformers --scheduler_conf warmup_steps=9")
     monkeypatch.setattr("dldkit.hf_options.find_spec", lambda name: None)
     check()
     with pytest.raises(UserError, match="scheduler: transformers needs transformers"):

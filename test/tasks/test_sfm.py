@@ -655,7 +655,16 @@ def test_collect_stats_writes_the_lengths_of_whole_utterances(
             "the model draws no depths",
         ),
         (
-            dict(scheduler="transformers", trainer="default", trainer_conf={}),
+            dict(scheduler="transformers", scheduler_conf=dict(warmup_steps=9)),
+            "warmup_steps: scheduler: transformers takes name and warmup_ratio",
+        ),
+        (
+            dict(
+                scheduler="transformers",
+                scheduler_conf={},
+                trainer="default",
+                trainer_conf={},
+            ),
             "scheduler: transformers with trainer: default, .* resumable or stacking",
         ),
         (dict(model_conf=dict(depth_sampler={4: 1})), "2 layers: no depth is left"),

@@ -169,9 +169,9 @@ def test_a_kill_between_two_epochs_never_loses_the_best_model(
 def recipe_of(request, dld_training, corpus, bpe, build, tmp_path):
     """Return a function that gives the arguments of a training of several depths.
 
-    `anytime` has exits, BPE units, an attention decoder and cached posteriors, `self`
-    has forwards of random layers beside that of the full depth, `full_first` runs the
-    full depth in the first epoch.
+    `anytime` has exits, BPE units, an attention decoder, cached posteriors and a
+    learning rate that ends at zero, `self` has forwards of random layers beside that of
+    the full depth, `full_first` runs the full depth in the first epoch.
     """
     changes = dict(max_epoch=2)
     if request.param == "full_first":
@@ -189,6 +189,9 @@ def recipe_of(request, dld_training, corpus, bpe, build, tmp_path):
         model["model_conf"] = dict(ctc_weight=0.3, reference=str(cache))
         nested = dict(depth_sampler="uniform", layer_choice="prefix", exits=1)
         changes |= dict(**model, encoder_conf=nested)
+        changes |= dict(
+            scheduler="transformers", scheduler_conf=dict(warmup_steps=None)
+        )
     if request.param == "self":
         random_layers = dict(depth_sampler="uniform", layer_choice="random")
         sandwich = dict(reference="self", sandwich=2)
@@ -246,6 +249,9 @@ def test_a_killed_run_of_several_depths_ends_like_an_unbroken_one(
         assert same(broken[part], unbroken[part]), part
     assert measured(broken) == measured(unbroken)
     assert {"1 train loss_kd", "2 train depth"} <= set(measured(broken))
+    if "anytime" in request.node.name:
+        assert broken["optimizers"][0]["param_groups"][0]["lr"] == 0
+        assert measured(broken)["1 train optim0_lr0"] > 0
     if "full_first" in request.node.name:
         assert measured(broken)["1 train depth"] == 4
         assert measured(broken)["2 train depth"] < 4
