@@ -6,4 +6,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 tests="test_seen test_seen_20db test_seen_10db test_unseen test_unseen_10db"
-../../TEMPLATE/asr1/compare.sh --epochs 24 --run_opts "--test_sets '${tests}'" "$@"
+../../TEMPLATE/asr1/compare.sh --asr_config conf/train_asr_compared.yaml --epochs 24 \
+    --run_opts "--test_sets '${tests}'" "$@"
