@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any, Union
 
 import yaml
-from espnet2.main_funcs.pack_funcs import unpack
 from espnet2.tasks.asr import encoder_choices
 from espnet2.utils.pretrained import download_pretrained
 
 import dldkit
 from dldkit.asr.encoder import LayerDropEncoder
-from dldkit.asr.loading import find_checkpoint, load_asr_model
+from dldkit.asr.loading import (
+    files_of_asr,
+    find_checkpoint,
+    load_asr_model,
+    unpacked,
+)
 from dldkit.asr.model import DLDModel
 from dldkit.config_files import (
     BARE_NAMES,
@@ -68,25 +72,13 @@ def opened(model: str) -> Iterator[tuple[dict[str, Any], Path]]:
         elif path.is_file() and path.suffix != ".zip":
             checkpoint, config = path, path.with_name("config.yaml")
         else:
-            found = _unpacked(path, directory) if path.is_file() else _download(model)
-            try:
-                checkpoint = Path(found["asr_model_file"])
-                config = Path(found["asr_train_config"])
-            except KeyError:
-                raise UserError(f"{model} holds no model of ESPnet's ASR") from None
+            found = unpacked(path, directory) if path.is_file() else _download(model)
+            config, checkpoint = files_of_asr(model, found)
         for needed in (checkpoint, config):
             if not needed.is_file():
                 raise UserError(f"{model} can not be used: there is no {needed}")
         with resolved_config(config) as file, file.open(encoding="utf-8") as lines:
             yield yaml.load(lines, yaml.CSafeLoader), checkpoint
-
-
-def _unpacked(path: Path, directory: str) -> dict[str, str]:
-    # not through espnet_model_zoo: its cache serves a re-packed zip's old content
-    try:
-        return unpack(path, directory)
-    except Exception as error:
-        raise UserError(f"{path} is no packed model: {error}") from error
 
 
 def _download(name: str) -> dict[str, str]:

@@ -89,9 +89,15 @@ def decode_depths(
             depths of `depths` on the speech in `valid_dir`.
 
     Raises:
-        UserError: for missing data, an impossible depth, or thresholds for a model
-            without exits.
+        UserError: for missing data, sets of one name, an impossible depth, or
+            thresholds for a model without exits.
     """
+    names = [Path(data_dir).name for data_dir in data_dirs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"two of the sets to decode are called {', '.join(twice)}, as the "
+            "directory of their results is: name each once"
+        )
     model_file = Path(asr_model_file)
     model = ["--asr_train_config", str(model_file.parent / "config.yaml")]
     model += ["--asr_model_file", str(model_file), "--num_workers", "0"]

@@ -30,10 +30,8 @@ def load_asr_model(
     """
     path = Path(path)
     if path.suffix == ".zip" and path.is_file():
-        # not through espnet_model_zoo: its cache serves a re-packed zip's old content
         with tempfile.TemporaryDirectory() as directory:
-            contents = unpack(path, directory)
-            return _build(contents["asr_train_config"], contents["asr_model_file"])
+            return _build(*files_of_asr(path, unpacked(path, directory)))
     checkpoint = find_checkpoint(path) if path.is_dir() else path
     config = checkpoint.parent / "config.yaml"
     for needed in (checkpoint, config):
@@ -43,6 +41,33 @@ def load_asr_model(
                 "checkpoints, or a packed zip"
             )
     return _build(config, checkpoint)
+
+
+def unpacked(path: Path, directory: str) -> dict[str, str]:
+    """Unpack a zip of ESPnet's into a directory; return its files by their names.
+
+    Raises:
+        UserError: when it is none.
+    """
+    # not through espnet_model_zoo: its cache serves a re-packed zip's old content
+    try:
+        return unpack(path, directory)
+    except Exception as error:
+        raise UserError(f"{path} is no packed model: {error}") from error
+
+
+def files_of_asr(
+    source: Union[str, Path], found: Mapping[str, str]
+) -> tuple[Path, Path]:
+    """Return the config and the checkpoint of an unpacked model.
+
+    Raises:
+        UserError: when `source` holds no model of speech recognition.
+    """
+    try:
+        return Path(found["asr_train_config"]), Path(found["asr_model_file"])
+    except KeyError:
+        raise UserError(f"{source} holds no model of ESPnet's ASR") from None
 
 
 def find_checkpoint(directory: Path) -> Path:

@@ -129,7 +129,8 @@ class CTCPosteriorKL(torch.nn.Module):
         if reference.tokens is None:
             blank = teacher[..., BLANK]
         else:
-            is_blank = F.pad(reference.tokens == BLANK, (0, 1))  # not the rest's bin
+            teacher = teacher[..., :-1]  # the last bin is of all other tokens
+            is_blank = reference.tokens == BLANK
             blank = teacher.masked_fill(~is_blank, float("-inf")).amax(-1)
         if self.blank == "scale":
             return weight * -torch.expm1(blank)

@@ -25,7 +25,8 @@ def depths_of_exits(
     Raises:
         UserError: for an exit that does not exist, or exits that mean no depth.
     """
-    if isinstance(exits, int) and exits < 1:
+    is_number = isinstance(exits, int) and exits >= 1
+    if not (exits is None or is_number or isinstance(exits, Sequence)):
         raise UserError(f"exits: {exits}: write a number above 0, or depths")
     exits = listed(exits, num_layers)
     for depth in exits:

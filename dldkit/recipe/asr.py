@@ -21,7 +21,7 @@ from dldkit.recipe.config import (
     training_config,
 )
 from dldkit.recipe.encoders import refuse_unknown_options
-from dldkit.recipe.values import by_name, number, parsed, words_of
+from dldkit.recipe.values import by_name, number, parsed, runs, words_of
 
 # what a system's config may leave to the recipe, by ???
 FILLED_IN = ("model_conf.reference", "init_param")
@@ -37,8 +37,11 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         UserError: naming the option, and what it may be.
     """
     settings = check_common(options)
-    if not options["test_sets"].split():
+    test_sets = options["test_sets"].split()
+    if not test_sets:
         raise UserError("--test_sets is empty: name at least one directory of data/")
+    if twice := sorted({name for name in test_sets if test_sets.count(name) > 1}):
+        raise UserError(f"--test_sets names {', '.join(twice)} twice: name each once")
     for factor in options["speed_perturb_factors"].split():
         number("speed_perturb_factors", factor, 0.0)
     reference = options["reference"]
@@ -62,11 +65,12 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         key for key in FILLED_IN if is_open(system, key) and not is_open(config, key)
     ]
     settings["given_values"] = " ".join(f"{key}=null" for key in given)
-    settings.update(_reference(options, config, system, systems))
     decoded = config
     if options["asr_exp"] and int(options["stage"]) > 11:  # it was trained before
         existing = Path(options["asr_exp"], "config.yaml")
         decoded = merge_files([str(existing)]) if existing.is_file() else config
+    check_checkpoint(options, "inference_asr_model", decoded, options["asr_exp"])
+    settings.update(_reference(options, config, system, systems))
     _check_waveforms(options, config)
     layers = _num_layers(decoded)
     if layers is None:
@@ -84,7 +88,6 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     settings["inference_depths"] = depths
     settings["valid_depths"] = _valid_depths(config, depths)
     settings.update(_early_stopping(options, decoded))
-    check_checkpoint(options, "inference_asr_model", decoded, options["asr_exp"])
     _check_language_model(options)
     return settings
 
@@ -142,6 +145,10 @@ def _reference(
     is_trained = is_open(student, "model_conf.reference") and not options["reference"]
     if is_trained:
         _check_training(options, config)
+        is_skipped = options["start_from"] or options["skip_reference"] == "true"
+        if not is_skipped and runs(options, 7, 8, 9):
+            training = "the reference's training (--reference_args)"
+            check_checkpoint(options, "inference_asr_model", config, "", training)
     if is_open(student, "init_param"):
         fits = is_trained and _weights(config) == _weights(student)
         settings["begins_with"] = "reference" if fits else "random"

@@ -96,7 +96,7 @@ def _check_launch(options: Mapping[str, str]) -> None:
         _check_srun(options)
         return
     launch = dict(by_name(words_of(options, "launch_args")))
-    if not launch and int(options["num_nodes"]) == 1:
+    if not options["launch_args"].split() and int(options["num_nodes"]) == 1:
         return
     if not {"cmd", "host"} & set(launch):
         raise UserError(

@@ -76,8 +76,13 @@ def files_of_system(option: str, system: str, directories: Sequence[Path]) -> li
 def _overrides(name: str, values: list[str]) -> DictConfig:
     """Return what one option of ESPnet's training commands sets in the config."""
     if name.endswith("_conf"):
-        return OmegaConf.from_dotlist(
-            [f"{name}.{value}" for value in values if "=" in value]
+        # ESPnet tells a dictionary from KEY=VALUE like this
+        pairs = [f"{name}.{value}" for value in values if "=" in value]
+        whole = [yaml.safe_load(value) for value in values if "=" not in value]
+        if not all(isinstance(value, dict) for value in whole):
+            raise ValueError(f"--{name} {' '.join(values)}: write KEY=VALUE")
+        return OmegaConf.merge(
+            OmegaConf.from_dotlist(pairs), *({name: value} for value in whole)
         )
     value: Any = [yaml.safe_load(value) for value in values]
     return OmegaConf.create({name: value[0] if len(value) == 1 else value})
@@ -102,9 +107,13 @@ def depths_to_run(options: Mapping[str, str], name: str, layers: Any) -> str:
 
 
 def check_checkpoint(
-    options: Mapping[str, str], option: str, config: DictConfig, exp: str = ""
+    options: Mapping[str, str],
+    option: str,
+    config: DictConfig,
+    exp: str = "",
+    training: str = "this training",
 ) -> None:
-    """Refuse a checkpoint that the training will not make."""
+    """Refuse a checkpoint that a training will not make."""
     name = options[option]
     if name == "latest.pth" or (exp and Path(exp, name).is_file()):
         return
@@ -112,7 +121,7 @@ def check_checkpoint(
     if match := re.fullmatch(r"(\d+)epoch\.pth", name):
         if not isinstance(epochs, int) or 1 <= int(match[1]) <= epochs:
             return
-        raise UserError(f"--{option} {name}: the training has {epochs} epochs")
+        raise UserError(f"--{option} {name}: {training} has {epochs} epochs")
     criteria = config.get("best_model_criterion", CRITERIA)
     criteria = [criteria] if isinstance(criteria, str) else criteria
     try:
@@ -130,7 +139,7 @@ def check_checkpoint(
         if name in {f"{best}.{kind}.pth" for kind in {"best", "ave", *averages}}:
             return
     raise UserError(
-        f"--{option} {name}: this training will not make it; its config "
+        f"--{option} {name}: {training} will not make it; its config "
         f"(best_model_criterion, keep_nbest_models) makes "
         + ", ".join(f"{best}.ave.pth, {best}.best.pth" for best in made)
         + " and latest.pth"

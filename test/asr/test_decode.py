@@ -196,6 +196,12 @@ def test_refuses_impossible_requests(run, corpus, tmp_path):
         run(args=["--no_such_option", "1"])
 
 
+def test_two_sets_of_one_name_do_not_wait_for_each_other(run, corpus, tmp_path):
+    shutil.copytree(corpus.dev, tmp_path / corpus.dev.name)
+    with pytest.raises(UserError, match=f"two of the sets .* called {corpus.dev.name}"):
+        run(sets=[corpus.dev, tmp_path / corpus.dev.name])
+
+
 def test_logging_is_left_as_it_was(run, caplog, corpus):
     import logging
 

@@ -1,4 +1,5 @@
 import logging
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -64,6 +65,20 @@ def test_refuses_to_guess(tmp_path):
 def test_refuses_what_is_not_there(tmp_path, name):
     with pytest.raises(UserError, match=f"no .*{tmp_path}/missing"):
         load_asr_model(tmp_path / name)
+
+
+def test_refuses_a_zip_that_holds_no_model(packed, tmp_path):
+    (tmp_path / "text.zip").write_text("no zip")
+    with pytest.raises(UserError, match="text.zip is no packed model: .*not a zip"):
+        load_asr_model(tmp_path / "text.zip")
+    with ZipFile(packed) as whole, ZipFile(tmp_path / "tts.zip", "w") as other:
+        for name in whole.namelist():
+            content = whole.read(name)
+            if name == "meta.yaml":
+                content = content.replace(b"asr_", b"tts_")
+            other.writestr(name, content)
+    with pytest.raises(UserError, match="tts.zip holds no model of ESPnet's ASR"):
+        load_asr_model(tmp_path / "tts.zip")
 
 
 def test_refuses_a_checkpoint_without_its_config(static, tmp_path):

@@ -177,14 +177,18 @@ def frames_by_hand(teacher, blank):
     return weights
 
 
-@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize(
+    "blank, top_k",
+    [("drop", None), ("drop", 4), ("drop", 1), ("scale", None), ("scale", 4)],
+)
 @pytest.mark.parametrize("reduction", ["utterance", "frame"])
-@pytest.mark.parametrize("blank", ["drop", "scale"])
 def test_frames_of_blank_count_less(student, teacher, blank, reduction, top_k):
     """One frame at a time, and each weighted, in float64."""
     likely = teacher.clone()
     likely[:, :2, 0] += 6.0  # some frames of blank, some of no blank at all
     likely[:, 2:4, 0] -= 20.0
+    # the likeliest is blank, but less likely than all others together
+    likely[0, 4] = -0.01 * torch.arange(likely.size(-1))
     teacher = likely.log_softmax(-1)
     weights, total = frames_by_hand(teacher, blank), 0.0
     for utt, length in enumerate(LENGTHS):

@@ -57,6 +57,7 @@ BAD_ASR = """
 --train_set "" | --train_set "": name a directory of data/
 --train_set data/train | --train_set "data/train": name a directory
 --test_sets "" | --test_sets is empty
+--test_sets "a b a" | --test_sets names a twice
 --inference_depths 5 | the encoder has 4 layers, so choose depths from 1 to 4
 --inference_depths 4,0 | write numbers of layers, such as "12 6 2"
 --inference_depths "4 half" | write numbers of layers, such as "12 6 2"
@@ -70,6 +71,9 @@ BAD_ASR = """
 --exit_thresholds 0.1 --system dld | --exit_thresholds 0.1: dld has no exits
 --asr_args "--encoder_conf exits=abc" | exits .*: 'a' is no depth below the 4 layers
 --asr_args "--encoder_conf exits=[9]" | exits .*: 9 is no depth below the 4 layers
+--asr_args "--encoder_conf exits=2.5" | exits: 2.5: write a number above 0, or depths
+--asr_args "--encoder_conf {num_blocks: 2}" --inference_depths 4 | can not be read
+--asr_args "--encoder_conf '{num_blocks: 2}'" --inference_depths 4 | has 2 layers
 --asr_args "--encoder_conf num_blocks=four" | num_blocks: 'four': write a number
 --asr_args "--best_model_criterion 5" | best_model_criterion: 5: write lists, such as
 --asr_args "--seed ${nope}" | --asr_args --seed .*nope.* can not be read
@@ -102,6 +106,7 @@ BAD_ASR = """
 --use_lm true --lm_exp nope | there is no nope/valid.loss.ave.pth
 --num_nodes 2 | --num_nodes 2 .*: say where to train, .*--host
 --launch_args "--max_num_log_files 2" | say where to train, .*--host
+--launch_args node1,node2 | say where to train, .*--host
 --launch_args "--cmd slurm.pl" | there is no slurm.pl; .* Slurm with --launch_args "srun
 --launch_args "srun --ntasks 2" --num_nodes 2 | say --nodes 2 to srun, and --num_nodes 1
 --launch_args srun --ngpu 4 | say --ntasks-per-node 4 to srun, and --ngpu 1
@@ -341,7 +346,22 @@ def test_checkpoints_that_the_training_makes(check, name):
 def test_criteria_of_the_command_line_count(check):
     words = "--best_model_criterion valid,acc,max train,loss,min --keep_nbest_models 2"
     for name in ("valid.acc.ave_2best.pth", "train.loss.best.pth"):
-        check(asr_args=words, inference_asr_model=name)
+        check(asr_args=words, inference_asr_model=name, system="early_exit")
+
+
+def test_a_reference_makes_the_checkpoint_that_is_decoded(check):
+    """It would not be known until it is trained."""
+    wanted = dict(asr_args="--max_epoch 20", inference_asr_model="20epoch.pth")
+    with pytest.raises(UserError, match="the reference's .* has 8 epochs"):
+        check(**wanted)
+    check(**wanted, reference_args="--max_epoch 20")
+    check(**wanted, stage="12")
+    check(**wanted, skip_reference="true")
+    check(**wanted, system="early_exit")
+    wanted = dict(asr_args="--keep_nbest_models 4")
+    wanted.update(inference_asr_model="valid.loss_ctc.ave_4best.pth")
+    with pytest.raises(UserError, match="the reference's training .* will not make it"):
+        check(**wanted)
 
 
 @pytest.mark.parametrize(
