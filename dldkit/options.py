@@ -30,6 +30,11 @@ seed_list = functools.partial(integers, what='numbers, such as "0 1 2"')
 fold_list = functools.partial(integers, what='folds from 0 to 4, as "0 1"', most=4)
 
 
+def named_twice(names: Sequence[str]) -> str:
+    """Return the names that are there more than once, as text; empty for none."""
+    return ", ".join(sorted({name for name in names if names.count(name) > 1}))
+
+
 def flat_layers(layers: Sequence[Union[int, Sequence[int]]]) -> list[int]:
     """Return layers, of which some may be in groups, one after the other."""
     groups = ([layer] if isinstance(layer, int) else layer for layer in layers)

@@ -24,6 +24,7 @@ from dldkit.data.datadir import read_lengths, read_table
 from dldkit.depth.profile import DepthProfile, find_profile
 from dldkit.depth.thresholds import FILE, read_thresholds, threshold_name
 from dldkit.errors import UserError
+from dldkit.options import named_twice
 from dldkit.parallel import parallel_map
 from dldkit.step import Step, atomic
 
@@ -92,11 +93,10 @@ def decode_depths(
         UserError: for missing data, sets of one name, an impossible depth, or
             thresholds for a model without exits.
     """
-    names = [Path(data_dir).name for data_dir in data_dirs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := named_twice([Path(data_dir).name for data_dir in data_dirs]):
         raise UserError(
-            f"two of the sets to decode are called {', '.join(twice)}, as the "
-            "directory of their results is: name each once"
+            f"two of the sets to decode are called {twice}, as the directory of their "
+            "results is: name each set once"
         )
     model_file = Path(asr_model_file)
     model = ["--asr_train_config", str(model_file.parent / "config.yaml")]

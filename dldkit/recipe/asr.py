@@ -12,7 +12,7 @@ from dldkit.config_files import merge_files
 from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
 from dldkit.hf_options import check_schedule, check_values
-from dldkit.options import exit_thresholds, sampling_rate
+from dldkit.options import exit_thresholds, named_twice, sampling_rate
 from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
     check_checkpoint,
@@ -40,8 +40,8 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     test_sets = options["test_sets"].split()
     if not test_sets:
         raise UserError("--test_sets is empty: name at least one directory of data/")
-    if twice := sorted({name for name in test_sets if test_sets.count(name) > 1}):
-        raise UserError(f"--test_sets names {', '.join(twice)} twice: name each once")
+    if twice := named_twice(test_sets):
+        raise UserError(f"--test_sets names {twice} twice: name each set once")
     for factor in options["speed_perturb_factors"].split():
         number("speed_perturb_factors", factor, 0.0)
     reference = options["reference"]
@@ -146,7 +146,7 @@ def _reference(
     if is_trained:
         _check_training(options, config)
         is_skipped = options["start_from"] or options["skip_reference"] == "true"
-        if not is_skipped and runs(options, 7, 8, 9):
+        if not is_skipped and runs(options, 7):
             training = "the reference's training (--reference_args)"
             check_checkpoint(options, "inference_asr_model", config, "", training)
     if is_open(student, "init_param"):
