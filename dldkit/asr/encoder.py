@@ -36,8 +36,7 @@ class ExitingEncoder(DynamicDepth):
         """Have the exits of the sampler, and its choice of layers, once it is there."""
         sampler = self.gates.sampler
         self.exits = sampler.exits_of(len(self.gates))
-        if sampler.layer_choice in SELECTORS:
-            self.selector = sampler.layer_choice
+        self.selector = sampler.selector
 
     @contextmanager
     def collected(

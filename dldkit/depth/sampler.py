@@ -95,6 +95,11 @@ class DepthSampler:
         """Whether all layers run, always."""
         return self.depth_sampler == "full"
 
+    @property
+    def selector(self) -> str:
+        """Which layers a depth means at inference."""
+        return self.layer_choice if self.layer_choice in SELECTORS else "even"
+
     def check(self, num_layers: int) -> None:
         """Refuse options that do not fit an encoder of so many layers.
 

@@ -8,7 +8,6 @@ from espnet2.torch_utils.device_funcs import force_gatherable
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
 from dldkit.depth.sampler import DepthSampler
-from dldkit.depth.selector import SELECTORS
 from dldkit.errors import UserError
 from dldkit.sfm.loss import HiddenStateLoss, trim
 from dldkit.sfm.student import build_student, copy_layers
@@ -123,7 +122,7 @@ class SFMDistillModel(AbsESPnetModel):
                 f"layer_init {self.layer_init}: list teacher layers from 1, for "
                 f"{num_layers} layers of the student at most"
             )
-        self.selector = layer_choice if layer_choice in SELECTORS else "even"
+        self.selector = sampler.selector
         self.exits = sampler.exits_of(num_layers)
 
         def new_loss(size: int, layers: Sequence) -> HiddenStateLoss:

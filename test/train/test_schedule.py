@@ -1,7 +1,10 @@
+import inspect
+
 import pytest
 import torch
 
 from dldkit.errors import UserError
+from dldkit.hf_options import SCHEDULE
 from dldkit.train.schedule import TransformersSchedule, total_steps
 
 
@@ -42,6 +45,10 @@ def test_goes_on_from_its_place():
 def test_refuses_what_is_no_share(ratio):
     with pytest.raises(UserError, match="warmup_ratio .* share of the steps"):
         rates(10, warmup_ratio=ratio)
+
+
+def test_the_options_that_are_checked_are_those_of_the_class():
+    assert tuple(inspect.signature(TransformersSchedule).parameters)[1:] == SCHEDULE
 
 
 def test_refuses_what_yaml_takes_for_text():
