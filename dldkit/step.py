@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -68,6 +68,7 @@ class Step:
             begins with an empty directory.
         bound_by: a file that, once it is there, binds the directory to its input
             files: options may change, but they may not.
+        binding: options that bind it as the files do.
         options: what else decides the result; anything that JSON can hold.
 
     Raises:
@@ -81,16 +82,23 @@ class Step:
         files: Mapping[str, PathLike],
         keep: bool = False,
         bound_by: str | None = None,
+        binding: Collection[str] = (),
         **options,
     ):
         self.directory, self.keep = Path(directory), keep
-        self.bound_by = bound_by
+        self.bound_by, self.binding = bound_by, binding
         digests = {name: digest(path) for name, path in files.items()}
         # what is compared is what was read back: no tuples, no integers as keys
         text = json.dumps({"options": options, "files": digests}, default=str)
         self.description = json.loads(text)
         self.lock = Lock(self.directory / ".lock")
         self.done = False
+
+    @property
+    def identity(self) -> str:
+        """What it is made from in a few letters, for names that change with it."""
+        text = json.dumps(self.description, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def is_done(self) -> bool:
         """Say whether it is finished with these very inputs; takes no lock."""
@@ -145,11 +153,15 @@ class Step:
         if self.read(".part") != self.description:
             files, options = self.changes("files"), self.changes("options")
             if self.bound_by and (self.directory / self.bound_by).exists():
-                before = (self.read(".part") or self.read(".done") or {}).get("files")
+                before = self.read(".part") or self.read(".done") or {}
                 # what was not noted down before can not have changed
-                if others := [name for name in files if name in (before or {})]:
+                others = [name for name in files if name in before.get("files", ())]
+                for name in set(self.binding) & set(before.get("options", ())):
+                    if before["options"][name] != self.description["options"].get(name):
+                        others.append(name)
+                if others:
                     raise UserError(
-                        f"{self.directory} was begun with other files: {_few(others)}. "
+                        f"{self.directory} was begun with other input: {_few(others)}. "
                         "Remove it, or choose another directory"
                     )
             if files or options:

@@ -5,7 +5,6 @@ gaps; it may be spoilt by a room full of babble.
 """
 
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -144,42 +143,71 @@ def write_set(
 ) -> None:
     """Write a data directory of utterances that are strung together.
 
+    Their audio is kept where it was made already.
+
     Args:
         digits: fewest and most digits in an utterance.
     """
     name, speakers = made.name, made.speakers
-    wav_dir = data_dir / "local" / "wav" / name
-    shutil.rmtree(wav_dir, ignore_errors=True)
-    wav_dir.mkdir(parents=True)
     # so that the text depends on no audio, and what is said not on the noise
     text_rng, audio_rng, noise_rng = np.random.default_rng([seed, made.seed]).spawn(3)
-    signals = read_recordings(corpus, speakers, made.takes)
-    others = read_recordings(corpus, *made.babble)
-    decks = {speaker: deal(list(signals[speaker]), text_rng) for speaker in speakers}
-
-    names = ("wav_scp", "text", "utt2spk", "utt2recordings")
-    tables: dict[str, dict[str, str]] = {table: {} for table in names}
+    names = {speaker: recordings_of(speaker, made.takes) for speaker in speakers}
+    decks = {speaker: deal(names[speaker], text_rng) for speaker in speakers}
+    strings: dict[str, list[str]] = {}
     for number in range(made.size):
         speaker = speakers[number % len(speakers)]
-        utt = f"{speaker}-{name}-{number:05d}"
         count = text_rng.integers(digits[0], digits[1] + 1)
-        used = [next(decks[speaker]) for _ in range(count)]
-        path = wav_dir / f"{utt}.wav"
-        signal = connect([signals[speaker][recording] for recording in used], audio_rng)
-        if made.snr is not None and noise_rng.random() < made.noisy:
-            pool = [r for s in others if s != speaker for r in others[s].values()]
-            signal = spoil(signal, pool, noise_rng.uniform(*made.snr), noise_rng, FS)
-        soundfile.write(path, signal, FS, subtype="PCM_16")
-        tables["wav_scp"][utt] = str(path)
-        tables["text"][utt] = " ".join(WORDS[int(recording[0])] for recording in used)
-        tables["utt2spk"][utt] = speaker
-        tables["utt2recordings"][utt] = " ".join(used)
+        said = [next(decks[speaker]) for _ in range(count)]
+        strings[f"{speaker}-{name}-{number:05d}"] = said
+
+    made_from = {**made._asdict(), "corpus": corpus.source, "digits": digits}
+    directory = data_dir / "local" / "strings" / name
+    with Step(directory, {}, **made_from, seed_of_all=seed) as step:
+        # other strings have other paths: stage 3 looks at the tables alone
+        paths = {utt: directory / step.identity / f"{utt}.wav" for utt in strings}
+        if not step.done:
+            (directory / step.identity).mkdir(exist_ok=True)
+            _write_audio(strings, paths, made, corpus, audio_rng, noise_rng)
     source = corpus.source + (", in simulated rooms with babble" if made.snr else "")
-    write_data_dir(data_dir / name, source, **tables)
+    write_data_dir(
+        data_dir / name,
+        source,
+        wav_scp={utt: str(path) for utt, path in paths.items()},
+        text={
+            utt: " ".join(WORDS[int(recording[0])] for recording in said)
+            for utt, said in strings.items()
+        },
+        utt2spk={utt: utt.split("-")[0] for utt in strings},
+        utt2recordings={utt: " ".join(said) for utt, said in strings.items()},
+    )
     logging.info(
         f"{name}: {made.size} utterances of {', '.join(speakers)}, "
         f"from {len(speakers) * len(made.takes) * 10} recordings"
     )
+
+
+def _write_audio(
+    strings: dict[str, list[str]],
+    paths: dict[str, Path],
+    made: DigitSet,
+    corpus: Corpus,
+    audio_rng: np.random.Generator,
+    noise_rng: np.random.Generator,
+) -> None:
+    signals = read_recordings(corpus, made.speakers, made.takes)
+    others = read_recordings(corpus, *made.babble)
+    for utt, said in strings.items():
+        speaker = utt.split("-")[0]
+        signal = connect([signals[speaker][name] for name in said], audio_rng)
+        if made.snr is not None and noise_rng.random() < made.noisy:
+            pool = [r for s in others if s != speaker for r in others[s].values()]
+            signal = spoil(signal, pool, noise_rng.uniform(*made.snr), noise_rng, FS)
+        soundfile.write(paths[utt], signal, FS, subtype="PCM_16")
+
+
+def recordings_of(speaker: str, takes: range) -> list[str]:
+    """Return the names of a speaker's recordings of all digits."""
+    return [f"{digit}_{speaker}_{take}" for digit in range(10) for take in takes]
 
 
 def read_recordings(
@@ -189,7 +217,7 @@ def read_recordings(
     return {
         speaker: {
             name: read_recording(corpus.recordings / f"{name}.wav")
-            for name in (f"{d}_{speaker}_{take}" for d in range(10) for take in takes)
+            for name in recordings_of(speaker, takes)
         }
         for speaker in speakers
     }

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 from collections import Counter
@@ -37,6 +38,7 @@ from dldkit.parallel import parallel_map
 from dldkit.step import atomic
 
 CHUNK = 500  # utterances per job, and per ark
+WINDOW = 0.025  # seconds, of Kaldi's log mel energies
 AUDIO_FORMATS = "flac", "wav", "flac.ark", "wav.ark"
 
 
@@ -119,7 +121,10 @@ def format_data(
             logging.warning(f"{dst}: made again, as {mended} can be used now")
             step.reopen()
         if not step.done:
-            _format(src, dst, utts, form, nj, parallel_config, text)
+            # Files made from other input have other names: whatever is made from `dst`
+            # later looks at tables alone.
+            files = Path(dst) / "data" / step.identity
+            _format(src, dst, files, utts, form, nj, parallel_config, text)
 
 
 def _mended(src: str, dst: Path, form: Format, text: bool) -> str | None:
@@ -137,6 +142,7 @@ def _mended(src: str, dst: Path, form: Format, text: bool) -> str | None:
 def _format(
     src: str,
     dst: str,
+    files: Path,
     utts: list[str],
     form: Format,
     nj: int,
@@ -151,7 +157,7 @@ def _format(
     else:
         entries = read_utterances(src, spoken)
         chunks = [entries[i : i + CHUNK] for i in range(0, len(entries), CHUNK)]
-        work = partial(_format_chunk, dst=dst, form=form)
+        work = partial(_format_chunk, dst=dst, files=files, form=form)
         jobs, name = list(enumerate(chunks)), Path(src).name
         outcome = Outcome()
         for part in parallel_map(work, jobs, nj, f"format {name}", parallel_config):
@@ -227,6 +233,8 @@ def _segment(line: str) -> tuple[str, float, float | None, int | None]:
     if len(times) not in (2, 3):
         raise ValueError(f"write `recording start end [channel]` in place of {line!r}")
     start, end = map(float, times[:2])
+    if not math.isfinite(start) or not math.isfinite(end):
+        raise ValueError(f"{line!r}: write times in seconds; -1 is the end")
     channel = _channel(times[2], first=0) if len(times) == 3 else None
     # Kaldi's -1 means the end of the recording
     return recording, start, None if end < 0 else end, channel
@@ -245,7 +253,9 @@ def _read_optional(path: Path) -> Table:
     return read_table(path) if path.is_file() else {}
 
 
-def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> Outcome:
+def _format_chunk(
+    job: tuple[int, list[Utterance]], dst: str, files: Path, form: Format
+) -> Outcome:
     """Write one chunk, and keep what came of it: a resumed run need not do it again.
 
     A chunk that dropped something is not kept: its audio may have been mended when an
@@ -258,7 +268,7 @@ def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> O
     write = _write_fbank if form.feats_type == "fbank" else _write_raw
     if form.feats_type == "raw" and form.audio_format.endswith(".ark"):
         write = _write_arks
-    outcome = write(chunk, Path(dst) / "data" / f"{index:05d}", form)
+    outcome = write(chunk, files / f"{index:05d}", form)
     if not outcome.dropped:
         result.parent.mkdir(exist_ok=True)
         with atomic(result) as part:
@@ -360,6 +370,9 @@ def _write_fbank(chunk: list[Utterance], directory: Path, form: Format) -> Outco
     ark, scp = directory / "feats.ark", directory / "feats.scp"
     with kaldiio.WriteHelper(f"ark,scp:{ark},{scp}") as writer:
         for utt, samples in _load(chunk, form, outcome):
+            if len(samples) < WINDOW * form.fs:
+                outcome.dropped[utt] = f"shorter than a window of {WINDOW} s"
+                continue
             # Kaldi's scale is that of 16 bit integers. At a scale of 1, the floor of
             # the logarithm would hide the quiet parts of speech.
             feats = extractor.extract(samples * 32768, form.fs)

@@ -7,6 +7,7 @@ from typing import Optional
 from dldkit.data.datadir import read_lengths, read_table, write_data_dir
 from dldkit.data.format import Format, format_data
 from dldkit.errors import UserError
+from dldkit.step import Lock
 
 # In samples. Segments and crops keep to frames of HuBERT, WavLM, wav2vec2 and Whisper.
 FRAME = 320
@@ -65,7 +66,9 @@ def cut_data(
     lengths = read_lengths(Path(src) / "utt2num_samples")
     whole = sum(lengths.values())
     if not whole:
-        raise UserError(f"{src}/utt2num_samples lists no samples: do stage 4 again")
+        raise UserError(
+            f"{src}/utt2num_samples lists no samples: remove {src}, and run stage 3"
+        )
     file = Path(src) / "utt2spk"
     speaker_of = read_table(file) if file.is_file() else {}
     segments, speakers, kept = {}, {}, 0
@@ -79,6 +82,7 @@ def cut_data(
         f"utterances, {kept / whole:.1%} of {whole / fs / 3600:.2f} h"
     )
     plan = Path(f"{dst}.plan")
-    write_data_dir(plan, wav_scp=wavs, utt2spk=speakers, segments=segments)
     form = Format(fs=fs, audio_format=audio_format)
-    format_data(str(plan), dst, form, nj, parallel_config, text=False)
+    with Lock(plan / ".lock"):
+        write_data_dir(plan, wav_scp=wavs, utt2spk=speakers, segments=segments)
+        format_data(str(plan), dst, form, nj, parallel_config, text=False)

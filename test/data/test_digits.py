@@ -202,6 +202,31 @@ def test_same_seed_same_bytes(corpus, digits, source, reuse, tmp_path):
     assert checksums(again) == checksums(corpus)
     other = make(digits, tmp_path / "other", "--seed=1", *reuse)
     assert (other / "train/text").read_text() != (corpus / "train/text").read_text()
+    # stage 3 goes by the tables, and a distillation's have no text
+    wavs = [
+        set(read_table(root / "train/wav.scp").values()) for root in (corpus, other)
+    ]
+    names = [
+        {Path(wav).relative_to(root) for wav in found}
+        for root, found in zip((corpus, other), wavs)
+    ]
+    assert not names[0] & names[1]
+
+
+def test_audio_that_is_there_is_kept(corpus, digits, reuse):
+    wavs = [Path(wav) for wav in read_table(corpus / "train/wav.scp").values()]
+    before = [wav.stat().st_mtime_ns for wav in wavs]
+    make(digits, corpus.parent, *reuse)
+    assert [wav.stat().st_mtime_ns for wav in wavs] == before
+
+
+def test_two_preparations_at_once(digits, reuse, tmp_path):
+    command = [sys.executable, digits.__file__, *arguments(tmp_path, reuse)]
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    both = [subprocess.Popen(command, env=env) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    for name, size in SIZES.items():
+        assert len(utterances(tmp_path / "data" / name)) == size
 
 
 def test_a_smaller_set_is_the_beginning_of_a_larger(corpus, digits, reuse, tmp_path):

@@ -1,8 +1,13 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import soundfile
 
-from dldkit.data.datadir import read_table
+from dldkit.data.datadir import read_table, write_data_dir
+from dldkit.data.format import Format, format_data
+from dldkit.data.length import filter_data
 from dldkit.data.segments import cut_data, segments_of
 from dldkit.errors import UserError
 
@@ -51,6 +56,49 @@ def test_cut_data(tmp_path, caplog):
         cut_data(str(source), str(tmp_path / "cut"), 0.01, 16000)
     with pytest.raises(UserError, match="max_seconds nan is too short"):
         cut_data(str(source), str(tmp_path / "cut"), float("nan"), 16000)
+
+
+def test_other_audio_under_the_same_names_goes_through_to_the_segments(tmp_path):
+    """All that is made from a formatted directory later looks at its tables alone."""
+    rng = np.random.default_rng(0)
+    found = []
+    for name in ("one", "other", "one"):
+        source, file = tmp_path / "data", tmp_path / f"{name}.wav"
+        if not file.is_file():
+            soundfile.write(file, rng.integers(-9999, 9999, 70000, np.int16), 16000)
+        write_data_dir(source, wav_scp={"a": str(file)}, utt2spk={"a": "a"})
+        org, kept, cut = (str(tmp_path / name) for name in ("org", "kept", "cut"))
+        format_data(str(source), org, Format(fs=16000), text=False)
+        filter_data(org, kept, 0.1, 9.0, 16000, text=False)
+        cut_data(kept, cut, 2.0, 16000)
+        (_, first), *_ = read_table(f"{cut}/wav.scp").items()
+        samples, _ = soundfile.read(first, dtype="int16")
+        expected, _ = soundfile.read(file, dtype="int16")
+        assert np.array_equal(samples, expected[: len(samples)])
+        found.append(((tmp_path / "cut" / "wav.scp").read_text(), len(samples)))
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.integration
+def test_two_processes_cut_at_once(tmp_path):
+    source = tmp_path / "whole"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    utts = [f"u{i:02d}" for i in range(40)]
+    for utt in utts:
+        samples = rng.integers(-9999, 9999, 5000, np.int16)
+        soundfile.write(source / f"{utt}.wav", samples, 16000)
+    write_data_dir(
+        source,
+        wav_scp={utt: str(source / f"{utt}.wav") for utt in utts},
+        utt2spk={utt: utt for utt in utts},
+        utt2num_samples={utt: "5000" for utt in utts},
+    )
+    command = [sys.executable, "-m", "dldkit.bin.sfm_cut_data", str(source)]
+    command += [str(tmp_path / "cut"), "--max_seconds", "2", "--fs", "16000"]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(read_table(tmp_path / "cut" / "wav.scp")) == 40
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ strings_train, strings_test: connected digits with transcripts.
 import argparse
 import logging
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -25,6 +25,7 @@ from dldkit.data.digits import (
     write_set,
 )
 from dldkit.errors import UserError, report_user_errors
+from dldkit.step import Lock
 
 PROBE_TRAIN, PROBE_TEST = TRAIN[:10], TEST[:5]  # takes of each digit and speaker
 SUFFIXES = {".flac", ".wav", ".mp3", ".ogg", ".opus", ".sph"}
@@ -46,7 +47,7 @@ def find_unlabelled(directory: str) -> Table:
     if not root.is_dir():
         raise UserError(f"UNLABELLED: {root} is not a directory")
     found: Table = {}
-    for path in sorted(root.rglob("*")):
+    for path in sorted(_files_below(root)):
         if path.suffix.lower() in SUFFIXES and path.is_file():
             name = "-".join(path.relative_to(root).with_suffix("").parts)
             utt = "_".join(name.split())
@@ -60,6 +61,19 @@ def find_unlabelled(directory: str) -> Table:
             f"UNLABELLED: {root} holds no audio ({' '.join(sorted(SUFFIXES))})"
         )
     return found
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Yield them, in linked folders too; a folder that is linked twice comes once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(folder, name) for name in names)
 
 
 def hold_out(found: Table, size: int) -> tuple[Table, Table]:
@@ -135,18 +149,20 @@ def prepare(args: argparse.Namespace) -> None:
 
     data_dir = Path(args.data_dir)
     seen = [speaker for speaker in corpus.speakers if speaker != corpus.unseen]
-    for index, (name, size) in enumerate(sizes.items()):
-        # A seed per set: the size of one does not alter another. The strings of valid
-        # and strings_test share no recording with the training sets.
-        takes = TEST if name == "strings_test" else DEV if name == "valid" else TRAIN
-        strings = DigitSet(name, seen, takes, size, index)
-        write_set(strings, corpus, (3, 7), args.seed, data_dir)
-    for name, speech in (("train", train), ("valid", valid)):
-        strings = read_table(data_dir / name / "wav.scp")
-        shutil.rmtree(data_dir / name)  # with its transcripts
-        write_unlabelled(name, "; ".join(sources), {**speech, **strings}, data_dir)
-    write_digits("digits_train", corpus, PROBE_TRAIN, data_dir)
-    write_digits("digits_test", corpus, PROBE_TEST, data_dir)
+    with Lock(data_dir / ".lock"):  # two recipes may begin at once
+        for index, (name, size) in enumerate(sizes.items()):
+            # A seed per set: the size of one does not alter another. The strings of
+            # valid and strings_test share no recording with the training sets.
+            takes = {"strings_test": TEST, "valid": DEV}.get(name, TRAIN)
+            strings = DigitSet(name, seen, takes, size, index)
+            # those of train and valid are taken from there without their transcripts
+            place = data_dir / "local" if name in ("train", "valid") else data_dir
+            write_set(strings, corpus, (3, 7), args.seed, place)
+        for name, speech in (("train", train), ("valid", valid)):
+            strings = read_table(data_dir / "local" / name / "wav.scp")
+            write_unlabelled(name, "; ".join(sources), {**speech, **strings}, data_dir)
+        write_digits("digits_train", corpus, PROBE_TRAIN, data_dir)
+        write_digits("digits_test", corpus, PROBE_TEST, data_dir)
 
 
 def get_parser() -> argparse.ArgumentParser:
