@@ -65,6 +65,13 @@ class DLDASRTask(TrainerChoice, ASRTask):
         return files
 
     @classmethod
+    def hub_teachers(cls, args: argparse.Namespace) -> dict[str, str]:
+        """Return the name of a pretrained encoder that is not on this machine."""
+        model = (args.encoder_conf or {}).get("model")
+        on_hub = args.encoder == "ld_hf" and model and not weight_files(model)
+        return {"model": str(model)} if on_hub else {}
+
+    @classmethod
     def optional_data_names(
         cls, train: bool = True, inference: bool = False
     ) -> tuple[str, ...]:

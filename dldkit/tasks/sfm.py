@@ -256,18 +256,30 @@ class SFMDistillTask(TrainerChoice, AbsTask):
     @classmethod
     def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
         """Return the weights of local teachers, and what lists a streamed corpus."""
-        conf = args.model_conf
-        named = {"teacher": named_teacher(conf), "second": conf.get("second_teacher")}
         files = {
             f"{name} {path.name}": path
-            for name, teacher in named.items()
-            if teacher
+            for name, teacher in _teachers(args).items()
             for path in weight_files(teacher)
         }
         if args.train_shar:
             cuts = map(Path, find_shards(args.train_shar)["cuts"])
             files.update((f"train_shar {path.name}", path) for path in cuts)
         return files
+
+    @classmethod
+    def hub_teachers(cls, args: argparse.Namespace) -> dict[str, str]:
+        """Return the names of teachers that are not on this machine."""
+        return {
+            name: teacher
+            for name, teacher in _teachers(args).items()
+            if not weight_files(teacher)
+        }
+
+
+def _teachers(args: argparse.Namespace) -> dict[str, str]:
+    conf = args.model_conf
+    named = {"teacher": named_teacher(conf), "second": conf.get("second_teacher")}
+    return {name: str(teacher) for name, teacher in named.items() if teacher}
 
 
 def _samples(options: IteratorOptions) -> dict[str, int]:

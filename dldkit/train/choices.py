@@ -62,8 +62,8 @@ class TrainerChoice:
             return
         cls.check_data(args)
         learns = not (args.collect_stats or args.dry_run)
-        teachers = cls.teacher_files(args) if learns else {}
-        with experiment(args, teachers) as is_to_be_done:
+        teachers = (cls.teacher_files(args), cls.hub_teachers(args)) if learns else ()
+        with experiment(args, *teachers) as is_to_be_done:
             if is_to_be_done:
                 try:
                     super().main(args)
@@ -109,4 +109,9 @@ class TrainerChoice:
     @classmethod
     def teacher_files(cls, args: argparse.Namespace) -> dict[str, Path]:
         """Return the files of models that a training learns from, by a name."""
+        return {}
+
+    @classmethod
+    def hub_teachers(cls, args: argparse.Namespace) -> dict[str, str]:
+        """Return those that have no files here, by the same names."""
         return {}

@@ -39,7 +39,9 @@ FILES = "data_path_and_name_and_type", "shape_file"
 
 @contextmanager
 def experiment(
-    args: argparse.Namespace, teachers: Mapping[str, Path] = MappingProxyType({})
+    args: argparse.Namespace,
+    teachers: Mapping[str, Path] = MappingProxyType({}),
+    hub_teachers: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[bool]:
     """Hold the experiment directory of a training; yield whether it is to be done.
 
@@ -51,6 +53,7 @@ def experiment(
             into `output_dir`, and `args` name the copies.
         teachers: files of models that it learns from; the directory is bound to them
             as to its data.
+        hub_teachers: names of those that are no files here.
 
     Raises:
         UserError: the training can not begin, or the directory belongs to other data.
@@ -74,7 +77,9 @@ def experiment(
         {**_files(args), **teachers},
         keep=True,
         bound_by=None if args.collect_stats else "checkpoint.pth",
+        binding=["hub_teachers"],
         **_options(args),
+        **({"hub_teachers": dict(hub_teachers)} if hub_teachers else {}),
     )
     if not _is_first(args):  # which would be waited for if it had nothing to do
         yield not step.is_done()

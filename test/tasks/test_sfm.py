@@ -1,6 +1,8 @@
 import io
+import os
 import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -415,6 +417,17 @@ def test_a_resumed_run_is_the_unbroken_one(trained, training, tmp_path, caplog, 
     assert_same_runs(trained, tmp_path / "exp")
 
 
+def test_a_resumed_run_without_the_gradients_that_an_epoch_left_over(
+    training, tmp_path
+):
+    """Nine batches, of which two make a step: the ninth belongs to no checkpoint."""
+    conf = dict(batch_size=1, accum_grad=2, trainer="resumable", trainer_conf={})
+    main(training(tmp_path / "unbroken", max_epoch=2, **conf))
+    for epochs in (1, 2):
+        main(training(tmp_path / "resumed", max_epoch=epochs, **conf))
+    assert_same_runs(tmp_path / "unbroken", tmp_path / "resumed")
+
+
 # Nine steps: one layer for two, two layers until the fourth, amid the second epoch, and
 # then one, two or four, drawn for each.
 EVERY_DEPTH = dict(
@@ -709,8 +722,39 @@ def test_another_teacher_is_refused(training, teacher, tmp_path, capsys):
     model.save_pretrained(copy)
     arguments = training(tmp_path / "exp", model_conf=conf, max_epoch=2)
     last = error_of(arguments, capsys)
-    assert "begun with other files: teacher model.safetensors" in last
+    assert "begun with other input: teacher model.safetensors" in last
     assert not (tmp_path / "exp" / "2epoch.pth").exists()
+
+
+@pytest.mark.integration
+def test_another_teacher_of_the_hub_is_refused(training, teacher, tmp_path):
+    for name in ("one", "two"):
+        model = tmp_path / "hub" / "hub" / f"models--some--{name}"
+        shutil.copytree(teacher, model / "snapshots" / "1234")
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text("1234")
+    commands = []
+    for epochs, name in enumerate(["some/one", "some/one", "some/two", str(teacher)]):
+        conf = dict(model_conf=dict(teacher=name), max_epoch=epochs + 1)
+        file = Path(training(tmp_path / f"{epochs}", **conf)[1])
+        commands.append(["--config", str(file), "--output_dir", str(tmp_path / "exp")])
+    code = (
+        "import sys\nfrom dldkit.bin.sfm_distill_train import main\n"
+        f"for command in {commands!r}:\n"
+        "    try:\n        main(command)\n"
+        "    except SystemExit as stop:\n        print('stopped', stop.code)\n"
+    )
+    offline = dict(HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["stopped", "1"] * 2
+    assert done.stderr.count("exp was begun with other input: teacher") == 2
+    assert len(load(tmp_path / "exp" / "checkpoint.pth")["reporter"]["stats"]) == 2
 
 
 def point_to(data, arguments) -> None:
@@ -901,7 +945,7 @@ class TestShar:
         shutil.copy(copy / "cuts.000000.jsonl.gz", copy / "cuts.000001.jsonl.gz")
         changes = dict(self.CHANGES, max_epoch=4)
         last = error_of(streamed(copy, training(tmp_path / "one", **changes)), capsys)
-        assert "begun with other files: train_shar cuts.000001.jsonl.gz" in last
+        assert "begun with other input: train_shar cuts.000001.jsonl.gz" in last
 
     def test_the_length_of_the_training_is_known(self, training, shar, tmp_path):
         changes = dict(self.CHANGES, scheduler="transformers", max_epoch=2)

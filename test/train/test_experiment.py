@@ -94,7 +94,7 @@ class TestAgain:
         with open(table["--config"], "w") as file:
             yaml.safe_dump(config, file)
         last = error_of(options, capsys)
-        assert f"{directory} was begun with other files: " in last
+        assert f"{directory} was begun with other input: " in last
         assert epochs_of(directory) == 3
 
     def test_another_reference_is_refused(self, static, dld_training, tmp_path, capsys):
@@ -111,7 +111,7 @@ class TestAgain:
         command = dld_training(directory, model_conf=conf, max_epoch=2)
         last = error_of(command, capsys)
         assert last.endswith(
-            "was begun with other files: reference. Remove it, or choose another "
+            "was begun with other input: reference. Remove it, or choose another "
             "directory"
         )
         assert epochs_of(directory) == 1
