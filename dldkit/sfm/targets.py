@@ -62,7 +62,8 @@ def collect_targets(
 
     Raises:
         UserError: for a teacher that can not be opened, audio that it can not take, a
-            disk that is too small, or a GPU that is not there.
+            disk that is too small, a GPU that is not there, or an `output_dir` with a
+            finished collection of something else.
     """
     if dtype not in BYTES:
         raise UserError(f"unknown dtype {dtype!r}: choose {' or '.join(BYTES)}")
@@ -84,7 +85,10 @@ def collect_targets(
 
     files = {f"{i} wav.scp": Path(d) / "wav.scp" for i, d in enumerate(data_dirs)}
     made_from = dict(teacher=model_digest(opened.model), info=asdict(opened.info))
-    with Step(output_dir, files, layers=layers, dtype=dtype, **made_from) as step:
+    # What took days to collect is not cleared for another request.
+    options = dict(layers=layers, dtype=dtype, **made_from)
+    bound = dict(bound_by=TARGETS_DESCRIPTION, binding=options)
+    with Step(output_dir, files, **bound, **options) as step:
         size = opened.info.hidden_size
         wanted = [
             _Wanted(parts, f"{len(layers)} layer(s)", len(layers), size, BYTES[dtype])

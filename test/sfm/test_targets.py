@@ -260,20 +260,41 @@ def test_an_interrupted_collection_continues(
     assert all(np.array_equal(one[utt], two[utt]) for utt in one)
 
 
-def test_another_request_starts_anew(hubert, wave_teacher, data_dirs, tmp_path, parts):
+def test_a_finished_collection_is_not_cleared_for_another_request(
+    hubert, wave_teacher, data_dirs, tmp_path, parts
+):
     cache = tmp_path / "cache"
     collect_targets(hubert, [2], data_dirs[1:], cache)
-    before = read(cache)["x"]
-    collect_targets(hubert, [2, 3], data_dirs[1:], cache)
-    assert np.array_equal(read(cache)["x"][:, 0], before[:, 0])
-    assert teacher_info(cache).layers == [2, 3]
-    collect_targets(hubert, [2, 3], data_dirs, cache)
-    assert sorted(read(cache)) == sorted(LENGTHS)
-    before = read(cache)["x"]
+    before = stamps(cache)
+    for layers, dirs, dtype, changed in (
+        ([2, 3], data_dirs[1:], "float16", "layers"),
+        ([2], data_dirs, "float16", "wav.scp"),
+        ([2], data_dirs[1:], "int8", "dtype"),
+    ):
+        with pytest.raises(UserError, match=f"other input: .*{changed}.* Remove it"):
+            collect_targets(hubert, layers, dirs, cache, dtype=dtype)
     wave_teacher("hubert", seed=1)  # in the same place
     targets._open.cache_clear()  # a new command knows nothing
+    with pytest.raises(UserError, match="begun with other input: teacher"):
+        collect_targets(hubert, [2], data_dirs[1:], cache)
+    assert stamps(cache) == before
+
+
+def test_an_unfinished_collection_gives_way_to_another_request(
+    hubert, wave_teacher, data_dirs, tmp_path, monkeypatch
+):
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as context:
+        context.setattr(targets.WaveTeacher, "save_cnn", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            collect_targets(hubert, [2], data_dirs[1:], cache)
+    before = read(cache)["x"]
+    wave_teacher("hubert", seed=1)
+    targets._open.cache_clear()
     collect_targets(hubert, [2, 3], data_dirs, cache)
-    assert not np.allclose(read(cache)["x"], before, atol=1e-2)
+    assert teacher_info(cache).layers == [2, 3]
+    assert sorted(read(cache)) == sorted(LENGTHS)
+    assert not np.allclose(read(cache)["x"][:, 0], before[:, 0], atol=1e-2)
 
 
 @pytest.mark.parametrize("tables", ["utt2num_samples", "wav.scp alone"])
@@ -362,8 +383,6 @@ def test_features_join_targets_that_are_there(hubert, data_dirs, tmp_path, parts
     collect_targets(hubert, [2], data_dirs, cache, features=True)
     assert parts == [4, 4]
     assert {k: v for k, v in stamps(cache).items() if k.endswith("ark")} == before
-    collect_targets(hubert, [3], data_dirs[:1], cache)  # and go with them
-    assert not (cache / "features").exists()
 
 
 def test_features_need_a_cnn(whisper_teacher, data_dirs, tmp_path):
