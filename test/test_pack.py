@@ -9,6 +9,7 @@ import sentencepiece
 import yaml
 
 from dldkit import pack
+from dldkit.asr.calibration import write_depth_profile
 from dldkit.errors import UserError
 
 pytestmark = pytest.mark.integration
@@ -55,6 +56,19 @@ def test_a_pack_is_made_once_and_again_when_something_changed(model, corpus):
     pack.pack_asr(model, outpath, corpus.dev)
     assert zipfile.ZipFile(outpath).read("RESULTS.md") == b"better\n"
     assert [path.name for path in outpath.parent.glob("[!.]*")] == ["model.zip"]
+
+
+def test_the_profile_of_a_copy_whose_links_became_files(model, corpus):
+    """Decoding finds it under another name, and so does who unpacks the zip."""
+    write_depth_profile(model, corpus.train, [2, 4], num_utts=4)
+    copy = Path("copy")
+    shutil.copytree(model.parent, copy)
+    (profile,) = copy.glob("*.profile.pth")
+    assert profile.name != "valid.loss_ctc.ave.profile.pth"
+    pack.pack_asr(copy / model.name, "packed/model.zip", corpus.dev)
+    archive = zipfile.ZipFile("packed/model.zip")
+    found = archive.read("valid.loss_ctc.ave.profile.pth")
+    assert found == profile.read_bytes()
 
 
 def test_a_zip_that_does_not_load_elsewhere_is_not_kept(model, corpus, monkeypatch):

@@ -135,7 +135,8 @@ def speech(tmp_path_factory):
     """Variables that name a teacher, unlabelled speech, and digits.
 
     The digits are FSDD's where $FSDD is set, else chords that stand for them; the
-    unlabelled speech is strung from them, in folders, in two formats.
+    unlabelled speech is strung from them, in folders, one of them linked, in two
+    formats.
     """
     root = tmp_path_factory.mktemp("speech")
     fsdd = os.environ.get("FSDD")
@@ -152,11 +153,15 @@ def speech(tmp_path_factory):
                 noisy = 0.2 * chord + 0.01 * rng.standard_normal(len(time))
                 soundfile.write(fsdd / f"{digit}_{name}_{take}.wav", noisy, 8000)
     recordings = sorted(Path(fsdd).rglob("*.wav"))
+    for name, place in (("speaker 0", "unlabelled"), ("speaker 1", "elsewhere")):
+        (root / place / name).mkdir(parents=True)
+    # folders that are linked count, and one that leads back is no trap
+    (root / "unlabelled" / "speaker 1").symlink_to(root / "elsewhere" / "speaker 1")
+    (root / "elsewhere" / "speaker 1" / "back").symlink_to(root / "unlabelled")
     for number in range(8):
         chosen = rng.choice(recordings, 4)
         samples = np.concatenate([soundfile.read(path)[0] for path in chosen])
         folder = root / "unlabelled" / f"speaker {number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"{number}.{'wav' if number % 2 else 'flac'}"
         soundfile.write(folder / name, samples, 8000)
     (root / "unlabelled" / "notes.txt").write_text("no audio")

@@ -125,7 +125,7 @@ def test_bound_directory_takes_other_options_but_no_other_files(tmp_path):
     assert not train(epochs=2)
     assert train(epochs=2)
     source.write_text("3")
-    with pytest.raises(UserError, match="exp was begun with other files: wav.scp"):
+    with pytest.raises(UserError, match="exp was begun with other input: wav.scp"):
         train(epochs=2)
     assert not (exp / ".lock").exists()
 

@@ -106,7 +106,7 @@ def decode_depths(
     kinds = {f"depth{depth}": ["--depth", str(depth)] for depth in sorted(depths)}
     asked, depths = exit_thresholds, sorted(depths)
     chosen = _thresholds(asked, model, statistics, valid_dir, depths, Path(output_dir))
-    for threshold in chosen:
+    for threshold in sorted(chosen):
         kinds[threshold_name(threshold)] = ["--exit_threshold", str(threshold)]
     parts = math.ceil(nj / (len(kinds) * len(data_dirs)))
     with ExitStack() as steps:
@@ -127,6 +127,8 @@ def decode_depths(
                 options = [*model, *of_kind]
                 step = steps.enter_context(_step(decoding, options, known))
                 if not step.done:
+                    for name in decoding.results:  # of another model
+                        (decoding.output_dir / name).unlink(missing_ok=True)
                     decodings.append(decoding)
                     jobs += _jobs(decoding, options)
         run = functools.partial(_run_inference, nj > 1)

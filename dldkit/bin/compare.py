@@ -64,9 +64,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--deepest", required=True, help="name of the deepest static model")
     add = commands.add_parser(
         "reference",
-        help="print which system is the reference of another one, if it has any",
+        help="print the reference of each system, an empty line where it has none",
     ).add_argument
-    add("--system", required=True, help="staticN, or a file of conf/systems")
+    add("--systems", required=True, help="each is staticN, or a file of conf/systems")
     add("--deepest", required=True, help="name of the deepest static model")
     _add_configs(add)
     add = commands.add_parser("table", help="write the tables to a file").add_argument
@@ -148,7 +148,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         run = record(args.exp, args.inference_tag, args.name, args.seed, args.data_root)
         run.save(args.output)
     elif args.what == "reference":
-        print(_reference(args, args.system, args.deepest))
+        for system in args.systems.split():
+            print(_reference(args, system, args.deepest))
     elif args.what == "epochs":
         runs = load_runs(args.results)
         for budget in args.budgets:

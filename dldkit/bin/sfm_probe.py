@@ -39,7 +39,12 @@ def get_parser() -> argparse.ArgumentParser:
         default="0",
         help='of the probes; "0 1 2" adds their spread',
     )
-    add("--device", default="cpu", help="where the models run: cpu or cuda")
+    add(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="where the models run",
+    )
     return parser
 
 

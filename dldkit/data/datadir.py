@@ -73,7 +73,8 @@ def lengths_in(table: Table, path: PathLike) -> dict[str, int]:
         length = value.split(",")[0]
         if not length.isdecimal():
             raise UserError(
-                f"{path}: {value!r} of {utt} is no length: do stage 3 again"
+                f"{path}: {value!r} of {utt} is no length: remove {path.parent}, and "
+                "run stage 3"
             )
         lengths[utt] = int(length)
     return lengths
@@ -179,8 +180,8 @@ def utterances(directory: PathLike, text: bool = True) -> list[str]:
         _compare(directory, "wav.scp", "segments", recordings)
     if text and not (directory / "text").is_file():
         raise UserError(
-            f"{directory / 'text'} does not exist; --no_text takes data without "
-            "transcripts"
+            f"{directory / 'text'} does not exist: write the transcripts (to distil, "
+            "none are needed: --no_text of this command)"
         )
     others = ["utt2spk"]
     optional = ("text", "utt2speed", "utt2num_samples", "feats_shape")

@@ -25,6 +25,15 @@ from dldkit.recipe.values import by_name, number, parsed, runs, words_of
 
 # what a system's config may leave to the recipe, by ???
 FILLED_IN = ("model_conf.reference", "init_param")
+# options of asr_inference, and what says them for decoding, calibration and report
+OF_THE_RECIPE = {
+    "depth": "--inference_depths",
+    "layers": "--inference_depths, and --selector",
+    "selector": "--selector",
+    "depth_profile": "--use_depth_profile",
+    "exit_threshold": "--exit_thresholds",
+    "output_dir": "--inference_tag",
+}
 
 
 def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
@@ -42,6 +51,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         raise UserError("--test_sets is empty: name at least one directory of data/")
     if twice := named_twice(test_sets):
         raise UserError(f"--test_sets names {twice} twice: name each set once")
+    settings["test_sets"] = " ".join(test_sets)
     for factor in options["speed_perturb_factors"].split():
         number("speed_perturb_factors", factor, 0.0)
     reference = options["reference"]
@@ -89,6 +99,7 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     settings["valid_depths"] = _valid_depths(config, depths)
     settings.update(_early_stopping(options, decoded))
     _check_language_model(options)
+    _check_inference(options)
     return settings
 
 
@@ -282,6 +293,19 @@ def _check_waveforms(options: Mapping[str, str], config: DictConfig) -> None:
             f"--fs {options['fs']}: encoder: ld_hf takes speech of 16 kHz; say --fs "
             "16k, to which stage 3 resamples"
         )
+
+
+def _check_inference(options: Mapping[str, str]) -> None:
+    """Refuse what decoding, calibration and report have to know alike."""
+    given = dict(by_name(words_of(options, "inference_args")))
+    if options["inference_config"]:
+        given |= merge_files([options["inference_config"]])
+    for name, instead in OF_THE_RECIPE.items():
+        if name in given:
+            raise UserError(
+                f"--inference_args or --inference_config says {name}: the report has "
+                f"to know it, so say {instead}"
+            )
 
 
 def _check_language_model(options: Mapping[str, str]) -> None:

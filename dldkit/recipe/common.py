@@ -37,7 +37,8 @@ LEAST = {  # of options that are integers
 FILES = ["parallel_config", "bpe_train_text", "nlsyms_txt", "pretrained_model"]
 FILES += ["asr_config", "reference_config", "sfm_config", "inference_config", "lm_file"]
 DIRECTORIES = ["dumpdir", "expdir", "asr_exp", "asr_stats_dir", "lm_exp"]
-DIRECTORIES += ["asr_tag", "reference_tag", "sfm_tag", "inference_tag"]  # parts of such
+TAGS = ["asr_tag", "reference_tag", "sfm_tag"]
+DIRECTORIES += [*TAGS, "inference_tag"]  # parts of such
 ARGUMENTS = ["launch_args", "local_data_opts", "reference_args", "asr_args"]
 ARGUMENTS += ["inference_args", "sfm_args", "probe_args", "superb_args"]
 
@@ -80,6 +81,12 @@ def check_common(options: Mapping[str, str]) -> dict[str, str]:
         check_file(name, options.get(name, ""))
     for name in DIRECTORIES:
         check_directory(name, options.get(name, ""))
+    for name in TAGS:
+        if re.search("[/=]", options.get(name, "")):
+            raise UserError(
+                f"--{name} {options[name]}: it names the system in tables, so choose "
+                "one without slashes and ="
+            )
     for name in ARGUMENTS:
         words_of(options, name)
     _check_sets(options)

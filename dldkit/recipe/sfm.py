@@ -39,7 +39,7 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     settings["export_depths"] = depths or " ".join(map(str, exits))
     check_checkpoint(options, "inference_model", config)
     settings["teacher"] = options["teacher"] or os.environ.get("TEACHER", "")
-    if not settings["teacher"] and runs(options, 9, 10, 11, 13):
+    if not settings["teacher"] and runs(options, 9, 10, 11, 13, 15):
         raise UserError(
             "there is no teacher: set --teacher, or TEACHER in the environment or "
             "db.sh, to a directory or a Hugging Face name; with network, "

@@ -86,4 +86,5 @@ def runs(options: Mapping[str, str], *stages: int) -> bool:
     skipped += ["1"] if options["skip_data_prep"] == "true" else []
     skipped += ["13"] if options["skip_eval"] == "true" else []
     skipped += ["9", "10", "11"] if options["skip_train"] == "true" else []
+    skipped += ["15"] if options["skip_upload"] == "true" else []
     return any(first <= n <= last and str(n) not in skipped for n in stages)

@@ -382,6 +382,29 @@ def _trained_as(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     return encoder, model
 
 
+def _refuse_other_sets(run: Run, unit: Run, first: Run) -> None:
+    """Refuse a run that was decoded on other utterances, or at other depths.
+
+    Args:
+        unit: whose utterances count.
+        first: of the same system, whose depths count.
+    """
+    name = f"{run.system}, {run.epochs} epochs, seed {run.seed}"
+    for test_set in sorted({*run.words, *unit.words}):
+        if run.words.get(test_set) != unit.words.get(test_set):
+            raise UserError(
+                f"{name}: it was decoded on another {test_set} than {unit.system}, "
+                f"seed {unit.seed}, or just one of them was; decode both again with "
+                "the same data, and move the files of before away"
+            )
+        depths, others = (sorted(r.errors[test_set], key=int) for r in (run, first))
+        if depths != others:
+            raise UserError(
+                f"{name}: {test_set} was decoded at depth {' '.join(depths)}, with "
+                f"seed {first.seed} at {' '.join(others)}; decode it at the same ones"
+            )
+
+
 def tables(
     runs: Sequence[Run],
     systems: Sequence[str],
@@ -394,8 +417,8 @@ def tables(
         budgets: the epochs of each system, by the name of the budget.
 
     Raises:
-        UserError: when there is no run of the deepest static model, or runs of one
-            system had other options.
+        UserError: when there is no run of the deepest static model, runs of one system
+            had other options, or runs were decoded on other data.
     """
     unit = shortest_run(runs, systems[0])  # longer ones are of --budgets total
     parts = []
@@ -416,6 +439,8 @@ def tables(
                         "model (`conf` in their files): the system was changed in "
                         "between; move the older file away, and train again"
                     )
+        for run in sum(chosen.values(), []):
+            _refuse_other_sets(run, unit, chosen[run.system][0])
         compared = Comparison(chosen, unit)
         title = f"equal {BUDGETS[budget]}"
         parts += [f"## {title.capitalize()}", compared.costs()]

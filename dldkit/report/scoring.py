@@ -199,6 +199,8 @@ def bootstrap_interval(score: Score, samples: int, seed: int) -> tuple[float, fl
     if not score.errors.any():
         exact = binomtest(0, int(score.lengths.sum())).proportion_ci(0.95)
         return float(exact.low), float(exact.high)
+    if len(score.utt_ids) == 1:  # which all samples consist of
+        return score.error_rate, score.error_rate
     drawn = bootstrap(
         (score.errors, score.lengths),
         lambda errors, lengths, axis: errors.sum(axis) / lengths.sum(axis),

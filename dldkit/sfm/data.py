@@ -142,7 +142,7 @@ class CropCollateFn:
 def refuse_other_rates(
     data: Sequence[tuple[str, str, str]], sampling_rate: int
 ) -> None:
-    """Refuse waveforms of another sampling rate, in Hz, than the teacher's.
+    """Refuse waveforms of another sampling rate, in Hz, than the teacher's, or stereo.
 
     Args:
         data: path, name and type of ESPnet's data entries; `noise` is the type of its
@@ -166,7 +166,7 @@ def refuse_other_rates(
             raise UserError(f"{path} lists no utterance")
         utt, file = next(iter(table.items()))
         try:
-            _, found, _ = declared_length(file)
+            _, found, channels = declared_length(file)
         except BadAudio as error:
             raise UserError(f"{path}: utterance {utt}: {error}") from error
         if found != sampling_rate:
@@ -174,4 +174,9 @@ def refuse_other_rates(
                 f"{path}: utterance {utt} has {found} Hz, but the teacher takes "
                 f"{sampling_rate} Hz: format the data with --fs {sampling_rate} "
                 "(stage 3)"
+            )
+        if channels > 1 and kind != "noise":
+            raise UserError(
+                f"{path}: utterance {utt} has {channels} channels, but the teacher "
+                "takes one: format the data (stage 3), which mixes them"
             )

@@ -146,7 +146,9 @@ class SFMDistillModel(AbsESPnetModel):
                 for depth in ([*self.exits, num_layers] if second_teacher else ())
             }
         )
-        self.student_layers = _checked(student_layers or {}, len(teacher_layers))
+        self.student_layers = _checked(
+            student_layers or {}, num_layers, len(teacher_layers)
+        )
         self.carried_by = carried_by
         self.normalize = bool(normalize)
         self.sampling_rate = sampling_rate
@@ -376,9 +378,16 @@ def _cnn(teacher: Teacher) -> Optional[torch.nn.Module]:
 
 
 def _checked(
-    student_layers: dict[Union[int, str], Sequence[int]], num_teacher_layers: int
+    student_layers: dict[Union[int, str], Sequence[int]],
+    num_layers: int,
+    num_teacher_layers: int,
 ) -> dict[int, Sequence[int]]:
     for depth, layers in student_layers.items():
+        if str(depth) not in map(str, range(1, num_layers + 1)):
+            raise UserError(
+                f"student_layers {depth}: write depths from 1 to {num_layers}, which "
+                "the student has"
+            )
         fits = len(layers) == num_teacher_layers
         if not fits or not all(1 <= layer <= int(depth) for layer in layers):
             raise UserError(

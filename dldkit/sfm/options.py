@@ -117,13 +117,13 @@ def complete(model_conf: dict[str, Any]) -> dict[str, Any]:
 
 def _completed(model_conf: dict[str, Any], option: str, prefix: str) -> dict[str, Any]:
     """Fill in what the teacher that `option` names decides; what is given stays."""
-    needed = f"{prefix}_layers", f"{prefix}_size", "normalize"
+    needed = f"{prefix}_layers", f"{prefix}_size", "normalize", "sampling_rate"
     if all(model_conf.get(name) is not None for name in needed):
         return model_conf
     teacher = named_teacher(model_conf, option)
     info = teacher_info(teacher)
-    known = usual_layers(info), info.hidden_size, info.normalize
-    found = {**dict(zip(needed, known)), "sampling_rate": info.sampling_rate}
+    known = usual_layers(info), info.hidden_size, info.normalize, info.sampling_rate
+    found = dict(zip(needed, known))
     given = {k: v for k, v in model_conf.items() if v is not None}
     completed = {**model_conf, **found, **given}
     layers = completed[needed[0]]
@@ -176,15 +176,15 @@ def follow_copies(
         model_conf: of `complete`.
         trainer, trainer_conf: of the training, which say how the student grows.
     """
-    given = model_conf.get("student_layers")
-    if model_conf.get("carried_by") != "copies" or trainer != "stacking" or given:
+    given = model_conf.get("student_layers") or {}
+    if model_conf.get("carried_by") != "copies" or trainer != "stacking":
         return model_conf
     growth = get_default_kwargs(Stacking) | trainer_conf
     layers = carriers_of_copies(
         growth["method"], growth["depths"], len(model_conf["teacher_layers"])
     )
     logging.info(f"the student's layers that carry the teacher's, by depth: {layers}")
-    return {**model_conf, "student_layers": layers}
+    return {**model_conf, "student_layers": {**layers, **given}}
 
 
 def refuse_lost_layers(

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dldkit.data.audio import BadAudio, read_audio
 from dldkit.data.datadir import Table, read_table
 from dldkit.errors import UserError
+from dldkit.parallel import refuse_missing_gpu
 from dldkit.report.scoring import score_texts
 from dldkit.report.tables import markdown, spread
 from dldkit.sfm.teacher.opening import open_teacher, teacher_info
@@ -77,6 +78,7 @@ def run_probes(
     Raises:
         UserError: for models that can not be opened, and data that do not fit.
     """
+    refuse_missing_gpu(device != "cpu")
     output_dir = Path(output_dir)
     words = _labels(digits, "text")
     for place, table in zip(digits, words):
@@ -231,10 +233,10 @@ def _cached_states(path, digits: Pair, strings: Pair, cache: Path, device: str):
         layers = range(teacher_info(path).num_layers + 1)
         upstream = open_teacher(path, layers, device)
         states = []
-        for directory in (*digits, *strings):
+        for i, directory in enumerate((*digits, *strings)):
             logging.info(f"hidden states of {path} for {directory}")
             outputs = _hidden_states(upstream, directory, device)
-            if directory in digits:
+            if i < len(digits):
                 states.append([output.mean(0) for output in outputs])
             else:
                 states.append([output.half() for output in outputs])

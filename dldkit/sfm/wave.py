@@ -149,15 +149,16 @@ def hidden_states(
 
     The last one is the model's output, after its final LayerNorm if it has one.
     transformers' own forward would build an attention mask for a batch without padding,
-    which costs time. In training, spans of the input are masked if `mask_time_prob` of
-    the model's config says so.
+    which costs time. In training, spans of the input are masked if `mask_time_prob` and
+    `apply_spec_augment` of the model's config say so.
 
     Args:
         features: (Batch, Time, Channels), see `cnn_features`.
         lengths: valid frames (Batch,).
     """
     projected = projected_features(model, features)
-    if model.training and model.config.mask_time_prob > 0:
+    masks = model.config.apply_spec_augment and model.config.mask_time_prob > 0
+    if model.training and masks:
         projected = mask_spans(model, projected, lengths)
     mask = None
     if int(lengths.min()) < features.size(1):

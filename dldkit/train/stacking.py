@@ -19,6 +19,7 @@ from dldkit.depth.growth import boundaries, copy_maps, grow
 from dldkit.depth.layers import find_gates
 from dldkit.errors import UserError
 from dldkit.patches import patched
+from dldkit.signature import checked_options
 from dldkit.train.schedule import steps_per_epoch, total_steps
 from dldkit.train.trainer import ResumableTrainer
 
@@ -47,6 +48,7 @@ class Stacking:
         UserError: for options that are unknown, or do not fit each other.
     """
 
+    @checked_options
     def __init__(
         self,
         method: str = "interleave",

@@ -109,7 +109,7 @@ def _of_utterances(utts: Sequence[str], table: Table, path: Path) -> Table:
     if missing:
         raise UserError(
             f"{path} lacks {len(missing)} of {len(utts)} utterances, first: "
-            f"{missing[0]}: run stages 3 and 4 again"
+            f"{missing[0]}: remove {path.parent}, and run stages 3 and 4"
         )
     return {utt: table[utt] for utt in utts}
 

@@ -106,6 +106,8 @@ class ResumableTrainer(Trainer):
         layers = find_gates(model)
         if layers is not None:
             layers.begin_epoch(reporter.get_epoch(), options.max_epoch)
+        # What accum_grad has left over from the epoch before is in no checkpoint.
+        model.zero_grad()
         return super().train_one_epoch(
             model,
             *args,

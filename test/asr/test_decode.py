@@ -156,6 +156,18 @@ def test_an_interrupted_run_is_not_taken_for_a_complete_one(
     assert run(depths=[4, 2]) == 2
 
 
+def test_what_another_model_said_is_gone_while_it_is_decoded_again(
+    run, experiment, student, monkeypatch
+):
+    """Else a report would mix both."""
+    run(depths=[4])
+    shutil.copy(student / "2epoch.pth", experiment / MODEL)
+    monkeypatch.setattr(decode.Decoding, "merge", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(depths=[4])
+    assert not list(experiment.glob("greedy/depth4/*/text"))
+
+
 @pytest.mark.parametrize("nj", [2, 3, 8])
 def test_parts_make_the_same_whole(run, experiment, corpus, nj):
     """Also when there are more jobs than utterances."""

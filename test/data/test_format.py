@@ -193,6 +193,8 @@ def test_the_sides_of_recordings_are_kept_apart(call, tmp_path):
         ("call 0 1 -1", "channel -1: write A, B or a number from 0"),
         ("call 0", "write `recording start end .channel.` in place of 'call 0'"),
         ("call 0 x", "could not convert .* 'x'"),
+        ("call 0 inf", "'call 0 inf': write times in seconds; -1 is the end"),
+        ("call nan 1", "'call nan 1': write times in seconds"),
     ],
 )
 def test_a_malformed_segment_is_refused(call, tmp_path, line, complaint):
@@ -225,6 +227,20 @@ def test_bad_utterances_are_dropped_and_listed(train, tmp_path, caplog):
     texts = read_table(train / "text", allow_empty=True)
     assert said == {utt: texts[utt] for utt in (empty, broken)}
     assert "dropped 3 of 4" in caplog.text
+
+
+def test_what_is_shorter_than_a_window_has_no_energies(train, tmp_path):
+    wavs = scp(train)
+    short, enough, *_ = sorted(wavs)
+    for utt, samples in ((short, 399), (enough, 400)):
+        wavs[utt] = tmp_path / f"{utt}.wav"
+        noise = np.random.default_rng(0).uniform(-0.5, 0.5, samples)
+        soundfile.write(wavs[utt], noise, 16000)
+    write_table(train / "wav.scp", wavs)
+    format_data(train, tmp_path / "out", Format("fbank"))
+    dropped = scp(tmp_path / "out", "dropped.txt")
+    assert dropped == {short: "shorter than a window of 0.025 s"}
+    assert scp(tmp_path / "out", "feats.scp").keys() == wavs.keys() - {short}
 
 
 def test_what_would_be_written_as_silence_is_dropped(train, tmp_path):

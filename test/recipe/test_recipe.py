@@ -79,6 +79,10 @@ BAD_ASR = """
 --asr_args "--seed ${nope}" | --asr_args --seed .*nope.* can not be read
 --asr_tag a,b | --asr_tag a,b: choose a path without commas and colons
 --reference_tag a:b | --reference_tag a:b: choose a path without commas and colons
+--asr_tag a/b | --asr_tag a/b: .* choose one without slashes and =
+--reference_tag lr=0.1 | --reference_tag lr=0.1: .* choose one without slashes and =
+--inference_args "--depth 2" | says depth: .* say --inference_depths
+--inference_args --exit_threshold=0.1 | says exit_threshold: .* say --exit_thresholds
 --exit_thresholds 0.1 --selector even | leave out --selector even
 --exit_thresholds 0.1 --inference_args "--beam_size 5" | leave out --beam_size
 --feats_type fbank --frame_shift 0.02 | makes a frame every 0.01 s; leave it out

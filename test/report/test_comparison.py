@@ -221,6 +221,18 @@ class TestTables:
         with pytest.raises(UserError, match="mine, 8 epochs: seeds 1 and 2 were train"):
             tables([*runs, *mine], ["static12", "mine"], epochs)
 
+    def test_refuse_runs_on_other_test_data(self):
+        epochs = {"steps": {"static12": 8, "mine": 8}}
+        runs = [run_of(s, seed) for s in ("static12", "mine") for seed in (1, 2)]
+        for words in ({"test": [10] * 3}, {"test": [9] * 4}, {"other": [10] * 4}):
+            runs[3].words = words
+            message = "mine, 8 epochs, seed 2: it was decoded on another (test|other)"
+            with pytest.raises(UserError, match=message):
+                tables(runs, ["static12", "mine"], epochs)
+        runs[3] = run_of("mine", 2, errors={depth: [1] * 4 for depth in ("12", "6")})
+        with pytest.raises(UserError, match="seed 2: test .* depth 6 12, with seed 1"):
+            tables(runs, ["static12", "mine"], epochs)
+
     def test_a_budget_may_lack_the_deepest_model(self):
         """Its cost is known from the shorter run."""
         names = ["static12", "mine"]
@@ -336,14 +348,14 @@ class TestCommand:
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(config()))
         systems = Path(__file__).parents[2] / "conf" / "systems"
         compare.main(
-            f"reference --system {system} --deepest static12 --configs "
-            f"{tmp_path}/c.yaml {systems} {tmp_path}".split()
+            f"reference --deepest static12 --configs {tmp_path}/c.yaml {systems} "
+            f"{tmp_path} --systems".split() + [f"static12 {system}"]
         )
-        assert capsys.readouterr().out.strip() == reference
+        assert capsys.readouterr().out == f"\n{reference}\n"
 
     def test_refuses_a_system_that_there_is_not(self, tmp_path, capsys):
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(config()))
-        command = "reference --system nosuch --deepest static12 --configs"
+        command = "reference --systems nosuch --deepest static12 --configs"
         with pytest.raises(SystemExit):
             compare.main([*command.split(), str(tmp_path / "c.yaml"), str(tmp_path)])
         assert "nosuch: there is no nosuch.yaml in" in capsys.readouterr().err

@@ -125,6 +125,11 @@ def test_no_error_in_1500_words_does_not_mean_that_there_is_none():
     assert f"{100 * high:.2f}" == "0.25"
 
 
+def test_of_a_single_utterance_the_samples_are_all_the_same():
+    one = score_texts({"u": "a b c d"}, {"u": "a b x"})
+    assert bootstrap_interval(one, 1000, seed=0) == (0.5, 0.5)
+
+
 def test_interval_covers_the_true_rate_about_95_times_in_100():
     rng = np.random.default_rng(0)
     covered = 0

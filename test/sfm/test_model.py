@@ -284,6 +284,12 @@ def test_refuses_student_layers_that_do_not_fit(make, layers):
         make(student_layers=layers)
 
 
+@pytest.mark.parametrize("depth", [99, 0, "deep"])
+def test_refuses_student_layers_of_no_depth(make, depth):
+    with pytest.raises(UserError, match=f"{depth}: write depths from 1 to 4"):
+        make(student_layers={depth: [1, 1, 1]})
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -12,7 +12,7 @@ from transformers import AutoModel, HubertConfig, HubertModel
 from dldkit.bin.sfm_probe import main
 from dldkit.data.datadir import write_data_dir
 from dldkit.sfm.export import export_student
-from dldkit.sfm.probe import classify, transcribe
+from dldkit.sfm.probe import _cached_states, classify, transcribe
 
 WORDS = "ONE TWO THREE".split()
 SPEAKERS = {"lo": 1.0, "hi": 1.5}
@@ -221,6 +221,14 @@ def test_hidden_states_are_kept_until_model_or_data_change(probe, data, tmp_path
     assert not torch.equal(kept(), second)
 
 
+def test_one_set_may_be_of_digits_and_of_strings(data, tmp_path):
+    """As it is used, and not its name, says whether the mean over time is wanted."""
+    digits, strings = (data[1], data[2]), (data[1], data[2])
+    path = untrained(tmp_path / "hf")
+    states = _cached_states(path, digits, strings, tmp_path / "cache", "cpu")
+    assert [part[0].dim() for part in states] == [2, 2, 3, 3]
+
+
 def spoil(data, what: str) -> None:
     digits_train, digits_test, strings_test = map(Path, (data[1], data[2], data[5]))
     lines = {
@@ -269,6 +277,7 @@ def test_refuses_data_that_do_not_fit(probe, data, tmp_path, capsys, what, messa
         (["--upstream", "a=b", "--upstream", "a=c"], "the name a stands there twice"),
         (["--upstream", "a=b", "--seeds", "x"], "argument --seeds: 'x': write numbers"),
         (["--upstream", "a=."], "no teacher in ."),
+        (["--upstream", "a=b", "--device", "gpu"], "argument --device: invalid choice"),
     ],
 )
 def test_refuses_impossible_options(probe, capsys, options, message):

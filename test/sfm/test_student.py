@@ -199,6 +199,9 @@ def test_the_input_is_masked_in_training_only(conf, waveforms):
     assert not masked.any()
     assert all(torch.equal(a, b) for a, b in zip(states, expected))
 
+    off = build({**conf, **masks, "apply_spec_augment": False}).train()
+    assert not states_and_masks(off, *waveforms)[2].any()
+
     np.random.seed(0)
     states, _, masked = states_and_masks(student.train(), *waveforms)
     again = states_and_masks(student, *waveforms)[2]

@@ -329,6 +329,8 @@ class TestRefusals:
             (dict(depths=[3, 5]), "6 or 9 would fit"),
             (dict(schedule="late"), "unknown schedule 'late'"),
             (dict(schedule="fractions", fractions=[1.0]), "4 numbers above 0"),
+            (dict(schedule="fractions", fractions=["a", 0.5]), "fractions: .* is no"),
+            (dict(total_steps="1e5"), "total_steps: '1e5' is no .*int"),
         ],
     )
     def test_of_options(self, options, message):

@@ -117,7 +117,7 @@ def _refuse_others(directory: Path, settings: dict, begun: dict) -> None:
     if any(begun.get(name) != value for name, value in settings.items()):
         raise UserError(
             f"{directory} is from another upstream or other --task_args: remove it, or "
-            "choose another --upstream_name"
+            "choose another --output_dir"
         )
 
 

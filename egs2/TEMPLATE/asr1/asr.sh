@@ -494,7 +494,7 @@ card_dir=${asr_exp}/huggingface
 if run_stage 14 "${skip_packing}"; then
     log "Stage 14: Pack: ${packed}"
     pack asr "${asr_exp}" "${inference_asr_model}" \
-        --data_dir "${data_feats}/${test_sets%% *}"
+        --data_dir "$(test_set_dir "${test_sets%% *}")"
 fi
 
 if run_stage 15 "${skip_upload}"; then
@@ -505,6 +505,7 @@ if run_stage 15 "${skip_upload}"; then
     read -r -a choice <<<"${inference_depths}"
     title="${asr_tag}: speech recognition with an encoder depth chosen at run time"
     card_library=espnet
+    card_args="${asr_args}${seed:+ --seed ${seed}}"
     card_task=automatic-speech-recognition
     card_tags="espnet audio automatic-speech-recognition"
     snippet="\`\`\`sh

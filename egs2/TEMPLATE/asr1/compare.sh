@@ -48,8 +48,8 @@ file_of() { # file_of SYSTEM EPOCHS SEED: what a run ends as
     echo "${results}/$1_e$2_seed$3.json"
 }
 
-reference_of() { # reference_of SYSTEM: the system that it is pulled to, if any
-    compare reference --system "$1" --deepest "${deepest}" \
+reference_of() { # reference_of SYSTEMS: a line each, the system that it is pulled to, if any
+    compare reference --systems "$1" --deepest "${deepest}" \
         --configs "${asr_config}" ../../../conf/systems conf/systems
 }
 
@@ -131,6 +131,14 @@ run_all() { # run_all SYSTEM...: what is missing of them, ${jobs} runs at a time
 }
 export -f run_recipe reference_of begin_with_shorter one_run file_of compare log die
 export asr_config depths deepest dumpdir epochs expdir results run_opts
+# what there is not is refused before any training
+all_references=$(reference_of "${systems}")
+for option in asr_args asr_config asr_tag expdir dumpdir feats_type inference_depths seed system; do
+    if [[ " ${run_opts}" == *" --${option}"[\ =]* ]]; then
+        die "--run_opts ${run_opts}: --${option} is what a comparison chooses; write what" \
+            "is to hold for all systems into a config, and name that by --asr_config"
+    fi
+done
 mkdir -p "${expdir}/log" "${results}"
 
 if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
@@ -139,10 +147,7 @@ if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
 fi
 if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ]; then
     mapfile -t references < <(
-        {
-            echo "${deepest}"
-            for system in "${all_systems[@]:1}"; do reference_of "${system}"; done
-        } | awk 'NF && !seen[$0]++'
+        printf '%s\n' "${deepest}" "${all_references}" | awk 'NF && !seen[$0]++'
     )
     log "Stage 2: the references of others: ${references[*]}"
     run_all "${deepest}" # whose cost says how many epochs others have

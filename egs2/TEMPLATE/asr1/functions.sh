@@ -172,18 +172,20 @@ show_failure() { # show_failure LOG: the error that ends it, or else its last li
 # ${format_options} of format_data, ${filter_options} of filter_data, and ${text_option},
 # which says that training and validation set need no transcripts.
 stage_format() {
-    local set options
+    local set options place
     log "Stage 3: Format: data/ -> ${data_feats}"
     for set in "${train_set}" "${valid_set}" ${other_sets}; do
         options=("${format_options[@]}" --fs "${fs}" --audio_format "${audio_format}"
             --nj "${nj}" "${parallel_options[@]}")
-        # stage 4 brings these two to their place
+        place=${set}
         if [[ ${set} == "${train_set}" || ${set} == "${valid_set}" ]]; then
-            options+=("${text_option[@]}" "data/${set}" "${data_feats}/org/${set}")
-        else
-            options+=("data/${set}" "${data_feats}/${set}")
+            options+=("${text_option[@]}")
+            place=org/${set} # stage 4 brings these two to theirs
+        elif [ -d "${data_feats}/org/${set}" ]; then
+            place=org/${set} # a validation set of before: decoding looks there
         fi
-        "${python}" -m dldkit.bin.format_data "${options[@]}"
+        "${python}" -m dldkit.bin.format_data "${options[@]}" \
+            "data/${set}" "${data_feats}/${place}"
     done
 }
 
@@ -205,7 +207,7 @@ pack() { # pack asr|ssl EXP CHECKPOINT [options of dldkit.bin.pack]...: to ${pac
         --outpath "${packed}" "$@"
 }
 
-upload() { # upload EXP: its ${card_dir}, with ${title}, ${card_tags} and ${snippet}
+upload() { # upload EXP: its ${card_dir}, with ${title}, ${card_tags}, ${snippet}, ${card_args}
     local exp=$1 file
     {
         cat <<CARD
@@ -231,6 +233,9 @@ CARD
         printf '%s\n' "## Training config" "" '```yaml'
         cat "${exp}/train.yaml"
         echo '```'
+        if [ -n "${card_args// /}" ]; then
+            printf '%s\n' "" "Options of the training on top of it: \`${card_args}\`"
+        fi
     } >"${card_dir}/README.md"
     if [ -n "${hf_repo}" ]; then
         log "Pushing to https://huggingface.co/${hf_repo}"

@@ -336,6 +336,7 @@ if run_stage 15 "${skip_upload}"; then
     cp "${sfm_exp}"/hf/* "${card_dir}"
     title="${sfm_tag}: ${teacher_name} distilled into a small HuBERT"
     card_library=transformers
+    card_args="${sfm_args}${seed:+ --seed ${seed}}"
     card_task=feature-extraction
     card_tags="audio speech hubert"
     repository=${hf_repo:-$(realpath "${card_dir}")}

@@ -24,7 +24,7 @@ def validation(exp: Path) -> dict[str, float]:
     """Return what validation said after the last epoch.
 
     Raises:
-        UserError: the training has no checkpoint.
+        UserError: the training has no checkpoint, or did not come to its end.
     """
     checkpoint = exp / "checkpoint.pth"
     if not checkpoint.is_file():
@@ -32,7 +32,10 @@ def validation(exp: Path) -> dict[str, float]:
     reporter = Reporter()
     states = torch.load(checkpoint, map_location="cpu", weights_only=True)
     reporter.load_state_dict(states["reporter"])
-    last = reporter.stats[reporter.get_epoch()]["valid"]
+    epoch, epochs = reporter.get_epoch(), read_config(exp)["max_epoch"]
+    if epoch != epochs:
+        raise UserError(f"{exp} ended after {epoch} of {epochs} epochs: train it on")
+    last = reporter.stats[epoch]["valid"]
     return {k: float(v) for k, v in last.items() if k.startswith("loss")}
 
 

@@ -52,13 +52,16 @@ run_recipe() { # run_recipe RUN [options of run.sh]...
 
 start() { # start RUN [options of run.sh]...: in the background, once a place is free
     local run=$1
-    while [ "$(jobs -pr | wc -l)" -ge "${nj}" ]; do wait -n || failed=true; done
+    while [ "$(jobs -pr | wc -l)" -ge "${nj}" ]; do wait -n || true; done
     log "${run}"
     run_recipe "$@" >>"${expdir}/log/${run}.log" 2>&1 &
+    pids+=($!)
 }
 
 wait_for_all() {
-    while [ -n "$(jobs -pr)" ]; do wait -n || failed=true; done
+    local pid failed=false
+    for pid in "${pids[@]}"; do wait "${pid}" || failed=true; done
+    pids=()
     if "${failed}"; then die "a training failed: see the logs in ${expdir}/log"; fi
 }
 
@@ -88,7 +91,7 @@ for seed in ${more_seeds}; do
 done
 mapfile -t missing < <(unrecorded "${runs[@]}")
 mkdir -p "${expdir}/log"
-failed=false
+pids=() # of what `start` began
 
 if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
     log "Stage 1: data and cached targets"
