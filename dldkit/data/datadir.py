@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dldkit.errors import UserError
-from dldkit.step import Step, atomic
+from dldkit.step import Lock, Step, atomic
 
 PathLike = str | Path
 Table = dict[str, str]
@@ -100,16 +100,17 @@ def write_data_dir(
 ) -> None:
     """Write the tables given by file name (`text=...`; `wav_scp` is wav.scp).
 
-    `spk2utt` is derived from `utt2spk`; `source` goes to `corpus_source`.
+    `spk2utt` is derived from `utt2spk`; `source` goes to `corpus_source`. Another
+    process that writes them, too, is waited for.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items():
-        write_table(directory / name.replace("_scp", ".scp"), table)
-    if "utt2spk" in tables:
-        write_table(directory / "spk2utt", spk2utt(tables["utt2spk"]))
-    if source is not None:
-        (directory / "corpus_source").write_text(source + "\n", encoding="utf-8")
+    with Lock(directory / ".lock.tables"):
+        for name, table in tables.items():
+            write_table(directory / name.replace("_scp", ".scp"), table)
+        if "utt2spk" in tables:
+            write_table(directory / "spk2utt", spk2utt(tables["utt2spk"]))
+        if source is not None:
+            (directory / "corpus_source").write_text(source + "\n", encoding="utf-8")
 
 
 def spk2utt(utt2spk: Table) -> Table:

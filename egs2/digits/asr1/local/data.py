@@ -15,7 +15,6 @@ from pathlib import Path
 from dldkit.data.digits import DEV, TEST, TRAIN, DigitSet, find_digits, write_set
 from dldkit.data.fsdd import TAKES
 from dldkit.errors import UserError, report_user_errors
-from dldkit.step import Lock
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -36,14 +35,10 @@ def prepare(args: argparse.Namespace) -> None:
         choices = " ".join(corpus.speakers)
         raise UserError(f"--unseen_speaker {unseen}: choose from {choices}")
     seen = [speaker for speaker in corpus.speakers if speaker != unseen]
-    sets = list(_sets(args, seen, unseen))
-    for made in sets:
+    for made in _sets(args, seen, unseen):
         if made.size < 1:
             raise UserError(f"--num_{made.name} must be at least 1, got {made.size}")
-    data_dir = Path(args.data_dir)
-    with Lock(data_dir / ".lock"):  # two recipes may begin at once
-        for made in sets:
-            write_set(made, corpus, digits, args.seed, data_dir)
+        write_set(made, corpus, digits, args.seed, Path(args.data_dir))
 
 
 def _sets(args: argparse.Namespace, seen: list[str], unseen: str) -> Iterator[DigitSet]:

@@ -25,7 +25,6 @@ from dldkit.data.digits import (
     write_set,
 )
 from dldkit.errors import UserError, report_user_errors
-from dldkit.step import Lock
 
 PROBE_TRAIN, PROBE_TEST = TRAIN[:10], TEST[:5]  # takes of each digit and speaker
 SUFFIXES = {".flac", ".wav", ".mp3", ".ogg", ".opus", ".sph"}
@@ -149,20 +148,19 @@ def prepare(args: argparse.Namespace) -> None:
 
     data_dir = Path(args.data_dir)
     seen = [speaker for speaker in corpus.speakers if speaker != corpus.unseen]
-    with Lock(data_dir / ".lock"):  # two recipes may begin at once
-        for index, (name, size) in enumerate(sizes.items()):
-            # A seed per set: the size of one does not alter another. The strings of
-            # valid and strings_test share no recording with the training sets.
-            takes = {"strings_test": TEST, "valid": DEV}.get(name, TRAIN)
-            strings = DigitSet(name, seen, takes, size, index)
-            # those of train and valid are taken from there without their transcripts
-            place = data_dir / "local" if name in ("train", "valid") else data_dir
-            write_set(strings, corpus, (3, 7), args.seed, place)
-        for name, speech in (("train", train), ("valid", valid)):
-            strings = read_table(data_dir / "local" / name / "wav.scp")
-            write_unlabelled(name, "; ".join(sources), {**speech, **strings}, data_dir)
-        write_digits("digits_train", corpus, PROBE_TRAIN, data_dir)
-        write_digits("digits_test", corpus, PROBE_TEST, data_dir)
+    for index, (name, size) in enumerate(sizes.items()):
+        # A seed per set: the size of one does not alter another. The strings of
+        # valid and strings_test share no recording with the training sets.
+        takes = {"strings_test": TEST, "valid": DEV}.get(name, TRAIN)
+        strings = DigitSet(name, seen, takes, size, index)
+        # those of train and valid are taken from there without their transcripts
+        place = data_dir / "local" if name in ("train", "valid") else data_dir
+        write_set(strings, corpus, (3, 7), args.seed, place)
+    for name, speech in (("train", train), ("valid", valid)):
+        strings = read_table(data_dir / "local" / name / "wav.scp")
+        write_unlabelled(name, "; ".join(sources), {**speech, **strings}, data_dir)
+    write_digits("digits_train", corpus, PROBE_TRAIN, data_dir)
+    write_digits("digits_test", corpus, PROBE_TEST, data_dir)
 
 
 def get_parser() -> argparse.ArgumentParser:

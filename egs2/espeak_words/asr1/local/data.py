@@ -21,7 +21,7 @@ from dldkit.data.datadir import write_data_dir
 from dldkit.data.espeak import Espeak
 from dldkit.errors import UserError, report_user_errors
 from dldkit.options import positive
-from dldkit.step import Lock, Step
+from dldkit.step import Step
 
 FS = 8000
 NUM_WORDS = 2000
@@ -162,15 +162,13 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError("expected --min_words <= --max_words, got %d, %d" % lengths)
     data_dir = Path(args.data_dir)
     seen, unseen = voices_of(SEEN, 2), voices_of(UNSEEN, 1)
-    sets = (
+    for made in (
         SentenceSet("train", seen, args.num_train, 0),
         SentenceSet("dev", seen, args.num_dev, 1),
         SentenceSet("test_seen", seen, args.num_test_seen, 2),
         SentenceSet("test_unseen", unseen, args.num_test_unseen, 3),
-    )
-    with Lock(data_dir / ".lock"):  # two recipes may begin at once
-        for made in sets:
-            write_set(made, lengths, args.seed, data_dir, args.nj)
+    ):
+        write_set(made, lengths, args.seed, data_dir, args.nj)
 
 
 def get_parser() -> argparse.ArgumentParser:
