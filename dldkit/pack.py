@@ -135,9 +135,8 @@ def _pack(
         set_file(config, key, f"./{BARE_NAMES[key]}")
         files[BARE_NAMES[key]] = Path(path)
     if kind == "asr" and (profile := _profile_of(model_file)):
-        files[profile_path(model_file.name).name] = (
-            profile  # in the zip, links are files
-        )
+        name = profile_path(model_file.name).name  # in the zip, links are files
+        files[name] = profile
     for top in (exp / name for name in beside):
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
             name = path.relative_to(exp)

@@ -154,9 +154,10 @@ class Step:
             files, options = self.changes("files"), self.changes("options")
             if self.bound_by and (self.directory / self.bound_by).exists():
                 before = self.read(".part") or self.read(".done") or {}
-                # what was not noted down before can not have changed
-                others = [name for name in files if name in before.get("files", ())]
-                for name in set(self.binding) & set(before.get("options", ())):
+                # what was not noted down before can not have changed, if all is kept
+                noted = before.get("files", ())
+                others = [name for name in files if name in noted or not self.keep]
+                for name in sorted(set(self.binding) & set(before.get("options", ()))):
                     if before["options"][name] != self.description["options"].get(name):
                         others.append(name)
                 if others:

@@ -18,7 +18,12 @@ def get_parser() -> argparse.ArgumentParser:
         help='as in "2 3 4"; 0 is the input; none: at thirds of its depth',
     )
     add("--data_dirs", nargs="+", required=True, help="training and validation speech")
-    add("--output_dir", required=True, help="for targets.scp and the arks")
+    add(
+        "--output_dir",
+        required=True,
+        help="for targets.scp and the arks; a finished collection of something else is "
+        "refused",
+    )
     add("--dtype", default="float16", choices=["float16", "int8"], help="of a value")
     add(
         "--features",

@@ -74,7 +74,7 @@ def lengths_in(table: Table, path: PathLike) -> dict[str, int]:
         if not length.isdecimal():
             raise UserError(
                 f"{path}: {value!r} of {utt} is no length: remove {path.parent}, and "
-                "run stage 3"
+                "run stages 3 and 4"
             )
         lengths[utt] = int(length)
     return lengths
@@ -110,7 +110,8 @@ def write_data_dir(
         if "utt2spk" in tables:
             write_table(directory / "spk2utt", spk2utt(tables["utt2spk"]))
         if source is not None:
-            (directory / "corpus_source").write_text(source + "\n", encoding="utf-8")
+            with atomic(directory / "corpus_source") as new:
+                new.write_text(source + "\n", encoding="utf-8")
 
 
 def spk2utt(utt2spk: Table) -> Table:
@@ -245,6 +246,9 @@ def step_of(src: PathLike, dst: PathLike, **options: object) -> Step:
     tables = {
         path.name: path
         for path in sorted(Path(src).iterdir())
-        if path.is_file() and path.name[0] != "." and path.name != "dropped.txt"
+        if path.is_file()
+        and path.name[0] != "."
+        and path.suffix != ".part"  # another process writes it
+        and path.name != "dropped.txt"
     }
     return Step(dst, tables, **options)

@@ -160,9 +160,13 @@ def write_set(
         said = [next(decks[speaker]) for _ in range(count)]
         strings[f"{speaker}-{name}-{number:05d}"] = said
 
-    made_from = {**made._asdict(), "corpus": corpus.source, "digits": digits}
     directory = data_dir / "local" / "strings" / name
-    with Step(directory, {}, **made_from, seed_of_all=seed) as step:
+    used = {*sum(names.values(), [])}
+    for speaker in made.babble[0]:
+        used.update(recordings_of(speaker, made.babble[1]))
+    files = {recording: corpus.recordings / f"{recording}.wav" for recording in used}
+    made_from = {**made._asdict(), "digits": digits, "seed_of_all": seed}
+    with Step(directory, files, **made_from) as step:
         # other strings have other paths: stage 3 looks at the tables alone
         paths = {utt: directory / step.identity / f"{utt}.wav" for utt in strings}
         if not step.done:

@@ -38,6 +38,7 @@ from dldkit.parallel import parallel_map
 from dldkit.step import atomic
 
 CHUNK = 500  # utterances per job, and per ark
+NEW = "data.new"  # where files are until all of them are there
 WINDOW = 0.025  # seconds, of Kaldi's log mel energies
 AUDIO_FORMATS = "flac", "wav", "flac.ark", "wav.ark"
 
@@ -87,6 +88,7 @@ class Outcome:
     dropped: Table = field(default_factory=dict)
     rates: dict[str, int] = field(default_factory=dict)  # Hz, before resampling
     channels: dict[str, int] = field(default_factory=dict)  # before mixing, if several
+    digests: Table = field(default_factory=dict)  # of the samples that are written
 
     def update(self, other: "Outcome") -> None:
         """Take over all lines of `other`."""
@@ -121,10 +123,7 @@ def format_data(
             logging.warning(f"{dst}: made again, as {mended} can be used now")
             step.reopen()
         if not step.done:
-            # Files made from other input have other names: whatever is made from `dst`
-            # later looks at tables alone.
-            files = Path(dst) / "data" / step.identity
-            _format(src, dst, files, utts, form, nj, parallel_config, text)
+            _format(src, dst, utts, form, nj, parallel_config, text)
 
 
 def _mended(src: str, dst: Path, form: Format, text: bool) -> str | None:
@@ -142,7 +141,6 @@ def _mended(src: str, dst: Path, form: Format, text: bool) -> str | None:
 def _format(
     src: str,
     dst: str,
-    files: Path,
     utts: list[str],
     form: Format,
     nj: int,
@@ -157,7 +155,7 @@ def _format(
     else:
         entries = read_utterances(src, spoken)
         chunks = [entries[i : i + CHUNK] for i in range(0, len(entries), CHUNK)]
-        work = partial(_format_chunk, dst=dst, files=files, form=form)
+        work = partial(_format_chunk, dst=dst, form=form)
         jobs, name = list(enumerate(chunks)), Path(src).name
         outcome = Outcome()
         for part in parallel_map(work, jobs, nj, f"format {name}", parallel_config):
@@ -167,8 +165,22 @@ def _format(
     outcome.dropped.update((utt, "empty transcript") for utt in silent)
     report_dropped(dst, outcome.dropped, len(utts))
     _log_changes(src, outcome, form.fs)
-    _write_tables(src, Path(dst), form, outcome)
     shutil.rmtree(Path(dst) / "chunks", ignore_errors=True)
+    if form.feats_type != "extracted":
+        _name_by_content(Path(dst), form, outcome)
+    _write_tables(src, Path(dst), form, outcome)
+
+
+def _name_by_content(dst: Path, form: Format, outcome: Outcome) -> None:
+    """Give other audio other paths: what is made from it looks at the tables alone."""
+    content = json.dumps([asdict(form), sorted(outcome.digests.items())])
+    name = hashlib.sha256(content.encode()).hexdigest()[:8]
+    new, files = dst / NEW, dst / "data" / name
+    shutil.rmtree(files.parent, ignore_errors=True)
+    files.parent.mkdir()
+    new.rename(files)
+    for utt, path in outcome.entries.items():
+        outcome.entries[utt] = str(files) + path.removeprefix(str(new))
 
 
 def _log_changes(src: str, outcome: Outcome, fs: int) -> None:
@@ -253,9 +265,7 @@ def _read_optional(path: Path) -> Table:
     return read_table(path) if path.is_file() else {}
 
 
-def _format_chunk(
-    job: tuple[int, list[Utterance]], dst: str, files: Path, form: Format
-) -> Outcome:
+def _format_chunk(job: tuple[int, list[Utterance]], dst: str, form: Format) -> Outcome:
     """Write one chunk, and keep what came of it: a resumed run need not do it again.
 
     A chunk that dropped something is not kept: its audio may have been mended when an
@@ -268,7 +278,7 @@ def _format_chunk(
     write = _write_fbank if form.feats_type == "fbank" else _write_raw
     if form.feats_type == "raw" and form.audio_format.endswith(".ark"):
         write = _write_arks
-    outcome = write(chunk, files / f"{index:05d}", form)
+    outcome = write(chunk, Path(dst) / NEW / f"{index:05d}", form)
     if not outcome.dropped:
         result.parent.mkdir(exist_ok=True)
         with atomic(result) as part:
@@ -305,6 +315,10 @@ def _load(
                 raise BadAudio(
                     f"silent: its {len(mixed)} samples are all the same in 16 bits"
                 )
+            if form.feats_type == "fbank" and len(samples) < WINDOW * form.fs:
+                raise BadAudio(f"shorter than a window of {WINDOW} s")
+            written = hashlib.blake2b(as_16_bit(samples).tobytes(), digest_size=8)
+            outcome.digests[utt.id] = written.hexdigest()
             outcome.rates[utt.id] = rate
             if audio.shape[1] > 1:
                 outcome.channels[utt.id] = audio.shape[1]
@@ -370,9 +384,6 @@ def _write_fbank(chunk: list[Utterance], directory: Path, form: Format) -> Outco
     ark, scp = directory / "feats.ark", directory / "feats.scp"
     with kaldiio.WriteHelper(f"ark,scp:{ark},{scp}") as writer:
         for utt, samples in _load(chunk, form, outcome):
-            if len(samples) < WINDOW * form.fs:
-                outcome.dropped[utt] = f"shorter than a window of {WINDOW} s"
-                continue
             # Kaldi's scale is that of 16 bit integers. At a scale of 1, the floor of
             # the logarithm would hide the quiet parts of speech.
             feats = extractor.extract(samples * 32768, form.fs)

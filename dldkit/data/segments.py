@@ -67,7 +67,8 @@ def cut_data(
     whole = sum(lengths.values())
     if not whole:
         raise UserError(
-            f"{src}/utt2num_samples lists no samples: remove {src}, and run stage 3"
+            f"{src}/utt2num_samples lists no samples: remove {src}, and run "
+            "stages 3 and 4"
         )
     file = Path(src) / "utt2spk"
     speaker_of = read_table(file) if file.is_file() else {}

@@ -232,12 +232,16 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
 
 def _beam_size(options: Mapping[str, str]) -> str:
     """Return how many hypotheses decoding keeps; 1 = greedy search."""
-    given = {"beam_size": 1}
+    size = _inference_options(options).get("beam_size", 1)
+    return size[-1] if isinstance(size, list) else str(size)
+
+
+def _inference_options(options: Mapping[str, str]) -> dict[str, Any]:
+    """Return what --inference_config says, and --inference_args in lists."""
+    given: dict[str, Any] = {}
     if options["inference_config"]:
         given |= merge_files([options["inference_config"]])
-    given |= dict(by_name(words_of(options, "inference_args")))
-    size = given["beam_size"]
-    return size[-1] if isinstance(size, list) else str(size)
+    return given | dict(by_name(words_of(options, "inference_args")))
 
 
 def _num_layers(config: DictConfig) -> Any:
@@ -297,9 +301,7 @@ def _check_waveforms(options: Mapping[str, str], config: DictConfig) -> None:
 
 def _check_inference(options: Mapping[str, str]) -> None:
     """Refuse what decoding, calibration and report have to know alike."""
-    given = dict(by_name(words_of(options, "inference_args")))
-    if options["inference_config"]:
-        given |= merge_files([options["inference_config"]])
+    given = _inference_options(options)
     for name, instead in OF_THE_RECIPE.items():
         if name in given:
             raise UserError(

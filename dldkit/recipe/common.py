@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 from dldkit.errors import UserError
 from dldkit.options import sampling_rate
@@ -81,11 +82,12 @@ def check_common(options: Mapping[str, str]) -> dict[str, str]:
         check_file(name, options.get(name, ""))
     for name in DIRECTORIES:
         check_directory(name, options.get(name, ""))
-    for name in TAGS:
-        if re.search("[/=]", options.get(name, "")):
+    for name in (*TAGS, "asr_exp"):
+        text = options.get(name, "")
+        if re.search("[/=]", Path(text).name if name == "asr_exp" else text):
             raise UserError(
-                f"--{name} {options[name]}: it names the system in tables, so choose "
-                "one without slashes and ="
+                f"--{name} {text}: it names the system in tables, so choose one "
+                "without slashes and ="
             )
     for name in ARGUMENTS:
         words_of(options, name)

@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from dldkit.data.audio import BadAudio, read_audio
 from dldkit.data.datadir import Table, read_table
 from dldkit.errors import UserError
-from dldkit.parallel import refuse_missing_gpu
 from dldkit.report.scoring import score_texts
 from dldkit.report.tables import markdown, spread
 from dldkit.sfm.teacher.opening import open_teacher, teacher_info
@@ -78,7 +77,8 @@ def run_probes(
     Raises:
         UserError: for models that can not be opened, and data that do not fit.
     """
-    refuse_missing_gpu(device != "cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no GPU can be used here: choose cpu")
     output_dir = Path(output_dir)
     words = _labels(digits, "text")
     for place, table in zip(digits, words):

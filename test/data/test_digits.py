@@ -220,6 +220,17 @@ def test_audio_that_is_there_is_kept(corpus, digits, reuse):
     assert [wav.stat().st_mtime_ns for wav in wavs] == before
 
 
+def test_strings_of_other_recordings_are_made_anew(digits, tmp_path):
+    before = read_table(make(digits, tmp_path, "--source=espeak") / "train" / "wav.scp")
+    used = sorted(recordings_of(tmp_path / "data" / "train"))[0]
+    wav = tmp_path / "downloads" / "espeak_digits" / f"{used}.wav"
+    samples, fs = soundfile.read(wav)
+    soundfile.write(wav, 0.5 * samples, fs, subtype="PCM_16")
+    after = read_table(make(digits, tmp_path, "--source=espeak") / "train" / "wav.scp")
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+
+
 def test_two_preparations_at_once(digits, reuse, tmp_path):
     command = [sys.executable, digits.__file__, *arguments(tmp_path, reuse)]
     env = {**os.environ, "PYTHONPATH": str(REPO)}

@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import kaldiio
 import numpy as np
@@ -238,6 +239,9 @@ def test_what_is_shorter_than_a_window_has_no_energies(train, tmp_path):
         soundfile.write(wavs[utt], noise, 16000)
     write_table(train / "wav.scp", wavs)
     format_data(train, tmp_path / "out", Format("fbank"))
+    made = (tmp_path / "out" / "feats.scp").stat().st_mtime_ns
+    format_data(train, tmp_path / "out", Format("fbank"))
+    assert (tmp_path / "out" / "feats.scp").stat().st_mtime_ns == made
     dropped = scp(tmp_path / "out", "dropped.txt")
     assert dropped == {short: "shorter than a window of 0.025 s"}
     assert scp(tmp_path / "out", "feats.scp").keys() == wavs.keys() - {short}
@@ -305,6 +309,35 @@ def test_finished_is_kept_and_changed_input_is_done_again(train, tmp_path):
     (train / "spk2utt").unlink()
     format_data(train, out, Format())
     assert utt not in scp(out) and len(scp(out)) == 3
+
+
+@pytest.mark.parametrize("feats_type, name", [("raw", "wav"), ("fbank", "feats")])
+def test_other_audio_has_other_paths_and_the_same_has_the_same(
+    train, tmp_path, feats_type, name
+):
+    """What is made of them is done again when it has to be, and not otherwise."""
+    out = tmp_path / "out"
+
+    def paths(**form):
+        format_data(train, out, Format(feats_type, **form))
+        found = scp(out, f"{name}.scp")
+        assert all(Path(path.partition(":")[0]).is_file() for path in found.values())
+        assert [path.name for path in (out / "data").iterdir()] == [
+            Path(next(iter(found.values()))).parts[-3]
+        ]
+        return found
+
+    before = paths()
+    text, wavs = read_table(train / "text"), scp(train)
+    utt = sorted(wavs)[0]
+    write_table(train / "text", {**text, utt: "OTHER WORDS"})
+    assert paths() == before
+    shutil.copy(wavs[utt], tmp_path / "moved.sph")
+    write_table(train / "wav.scp", {**wavs, utt: tmp_path / "moved.sph"})
+    assert paths() == before
+    assert not set(paths(fs=8000).values()) & set(before.values())
+    write_table(train / "wav.scp", {**wavs, utt: wavs[sorted(wavs)[1]]})
+    assert not set(paths().values()) & set(before.values())
 
 
 @pytest.mark.parametrize("feats_type", ["raw", "extracted"])

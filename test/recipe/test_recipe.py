@@ -82,6 +82,7 @@ BAD_ASR = """
 --asr_tag a/b | --asr_tag a/b: .* choose one without slashes and =
 --reference_tag lr=0.1 | --reference_tag lr=0.1: .* choose one without slashes and =
 --inference_args "--depth 2" | says depth: .* say --inference_depths
+--asr_exp exp/a=b | --asr_exp exp/a=b: .* choose one without slashes and =
 --inference_args --exit_threshold=0.1 | says exit_threshold: .* say --exit_thresholds
 --exit_thresholds 0.1 --selector even | leave out --selector even
 --exit_thresholds 0.1 --inference_args "--beam_size 5" | leave out --beam_size

@@ -264,19 +264,20 @@ def test_a_finished_collection_is_not_cleared_for_another_request(
     hubert, wave_teacher, data_dirs, tmp_path, parts
 ):
     cache = tmp_path / "cache"
-    collect_targets(hubert, [2], data_dirs[1:], cache)
+    collect_targets(hubert, [2], data_dirs[:1], cache)
     before = stamps(cache)
     for layers, dirs, dtype, changed in (
-        ([2, 3], data_dirs[1:], "float16", "layers"),
-        ([2], data_dirs, "float16", "wav.scp"),
-        ([2], data_dirs[1:], "int8", "dtype"),
+        ([2, 3], data_dirs[:1], "float16", "layers"),
+        ([2], data_dirs, "float16", "1 wav.scp"),
+        ([2], data_dirs[1:], "float16", "0 wav.scp"),
+        ([2], data_dirs[:1], "int8", "dtype"),
     ):
         with pytest.raises(UserError, match=f"other input: .*{changed}.* Remove it"):
             collect_targets(hubert, layers, dirs, cache, dtype=dtype)
     wave_teacher("hubert", seed=1)  # in the same place
     targets._open.cache_clear()  # a new command knows nothing
     with pytest.raises(UserError, match="begun with other input: teacher"):
-        collect_targets(hubert, [2], data_dirs[1:], cache)
+        collect_targets(hubert, [2], data_dirs[:1], cache)
     assert stamps(cache) == before
 
 

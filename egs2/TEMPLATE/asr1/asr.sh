@@ -315,14 +315,6 @@ train_model() { # train_model EXP STATS_DIR [options of asr_train]...
     run_training "${exp}" "${python}" -m dldkit.bin.asr_train "${options[@]}"
 }
 
-test_set_dir() { # test_set_dir SET: without the length filter of stage 4
-    if [ -d "${data_feats}/org/$1" ]; then # it is the validation set, too
-        echo "${data_feats}/org/$1"
-    else
-        echo "${data_feats}/$1"
-    fi
-}
-
 num_layers() { # num_layers EXP
     "${python}" -m dldkit.bin.merge_config "$1/config.yaml" --select encoder_conf.num_blocks
 }

@@ -177,16 +177,22 @@ stage_format() {
     for set in "${train_set}" "${valid_set}" ${other_sets}; do
         options=("${format_options[@]}" --fs "${fs}" --audio_format "${audio_format}"
             --nj "${nj}" "${parallel_options[@]}")
-        place=${set}
         if [[ ${set} == "${train_set}" || ${set} == "${valid_set}" ]]; then
             options+=("${text_option[@]}")
-            place=org/${set} # stage 4 brings these two to theirs
-        elif [ -d "${data_feats}/org/${set}" ]; then
-            place=org/${set} # a validation set of before: decoding looks there
+            place=${data_feats}/org/${set} # stage 4 brings these two to theirs
+        else
+            place=$(test_set_dir "${set}")
         fi
-        "${python}" -m dldkit.bin.format_data "${options[@]}" \
-            "data/${set}" "${data_feats}/${place}"
+        "${python}" -m dldkit.bin.format_data "${options[@]}" "data/${set}" "${place}"
     done
+}
+
+test_set_dir() { # test_set_dir SET: without the length filter of stage 4
+    if [ -d "${data_feats}/org/$1" ]; then # it is the validation set, too
+        echo "${data_feats}/org/$1"
+    else
+        echo "${data_feats}/$1"
+    fi
 }
 
 stage_filter() {

@@ -96,7 +96,7 @@ probe_sets=
 if [ "${probe}" == probe ]; then probe_sets="${probe_digits} ${probe_strings}"; fi
 teacher_name=$(basename "${teacher}")
 no_targets= # why there is no stage 9
-# other segments, sizes or layers are other targets: collecting them must not clear these
+# other segments, sizes or layers are other targets, beside these
 targets_from=${expdir}/targets_${teacher_name}_cut${segment_seconds}
 if [ "${targets_dtype}" != float16 ]; then targets_from+=_${targets_dtype}; fi
 if [ -n "${teacher_layers}" ]; then targets_from+=_layers${teacher_layers// /-}; fi
@@ -194,13 +194,11 @@ list_exports() { # exports: the directories that stage 12 makes
 }
 
 write_scores() { # ${sfm_exp}/RESULTS.md: a row for the teacher and for each export
-    local dir upstreams=("${teacher_name}=${teacher}") options digits strings device=cpu
+    local dir upstreams=("${teacher_name}=${teacher}") options set digits=() strings=() device=cpu
     if [ "${ngpu}" -gt 0 ]; then device=cuda; fi
-    read -r -a digits <<<"${probe_digits}"
-    read -r -a strings <<<"${probe_strings}"
-    for dir in "${digits[@]}" "${strings[@]}"; do
-        stage_needs "${data_feats}/${dir}/wav.scp" "stage 3"
-    done
+    for set in ${probe_digits}; do digits+=("$(test_set_dir "${set}")"); done
+    for set in ${probe_strings}; do strings+=("$(test_set_dir "${set}")"); done
+    for dir in "${digits[@]}" "${strings[@]}"; do stage_needs "${dir}/wav.scp" "stage 3"; done
     list_exports
     for dir in "${exports[@]}"; do
         stage_needs "${dir}/config.json" "stage 12"
@@ -210,8 +208,7 @@ write_scores() { # ${sfm_exp}/RESULTS.md: a row for the teacher and for each exp
     # Those of the teacher serve all experiments.
     OMP_NUM_THREADS=${num_threads} \
         "${python}" -m dldkit.bin.sfm_probe --upstream "${upstreams[@]}" \
-        --digits "${digits[@]/#/${data_feats}/}" \
-        --strings "${strings[@]/#/${data_feats}/}" \
+        --digits "${digits[@]}" --strings "${strings[@]}" \
         --output_dir "${sfm_exp}" --cache_dir "${expdir}/hidden_states" \
         --device "${device}" "${options[@]}" >"${sfm_exp}/probe.log"
     cat "${sfm_exp}/RESULTS.md"
