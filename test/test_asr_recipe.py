@@ -19,10 +19,15 @@ TEMPLATE = ROOT / "egs2" / "TEMPLATE" / "asr1"
 CONFIGS = sorted(ROOT.glob("egs2/*/asr1/conf/train_asr*.yaml"))
 SYSTEMS = sorted((ROOT / "conf" / "systems").glob("*.yaml"))
 PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
-ANYTIME = ("anytime", "anytime_uniform")
+ANYTIME = (
+    "anytime",
+    "anytime_uniform",
+    "early_exit_kd",
+)  # begin with early exit's weights
 PULLED = ("dld_paper", "dld", "nested", *ANYTIME)  # to a reference
 ALONE = "anytime_alone"
 EARLY_EXIT = ("early_exit", "early_exit_half")
+FULL = ("early_exit_kd", *EARLY_EXIT)  # depth, in each step
 
 pytestmark = pytest.mark.integration
 
@@ -66,9 +71,9 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     built = yaml.safe_load(Path("out/config.yaml").read_text())
     encoder = built["encoder_conf"]
     assert built["encoder"].startswith("ld_")
-    dynamic = system.stem in (*PULLED, "rd", ALONE)
+    ours = system.stem in (*PULLED, "rd", ALONE, *EARLY_EXIT)
+    dynamic = ours and system.stem not in FULL
     assert (encoder["depth_sampler"] != "full") == dynamic
-    ours = dynamic or system.stem in EARLY_EXIT
     assert built["model"] == ("dld" if ours else "espnet")
     if ours:
         reference = built["model_conf"]["reference"]
@@ -93,6 +98,10 @@ def test_variants_of_anytime_differ_in_what_they_are_named_for():
     uniform = yaml.safe_load((shared / "anytime_uniform.yaml").read_text())
     uniform["encoder_conf"]["depth_sampler"] = "exits"
     assert uniform == anytime
+    kd = yaml.safe_load((shared / "early_exit_kd.yaml").read_text())
+    assert kd["encoder_conf"].pop("depth_sampler") == "full"
+    assert {**kd["encoder_conf"], "depth_sampler": "exits"} == anytime["encoder_conf"]
+    assert {**kd, "encoder_conf": anytime["encoder_conf"]} == anytime
     own = ROOT / "egs2/digits/asr1/conf/systems/anytime_each.yaml"
     anytime["encoder_conf"]["exits"] = 1
     del anytime["specaug_conf"]  # of no use to waveforms
