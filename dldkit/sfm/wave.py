@@ -157,7 +157,8 @@ def hidden_states(
         lengths: valid frames (Batch,).
     """
     projected = projected_features(model, features)
-    masks = model.config.apply_spec_augment and model.config.mask_time_prob > 0
+    config = model.config  # that of data2vec has no apply_spec_augment
+    masks = getattr(config, "apply_spec_augment", True) and config.mask_time_prob > 0
     if model.training and masks:
         projected = mask_spans(model, projected, lengths)
     mask = None
