@@ -107,14 +107,6 @@ def pack_ssl(
     _pack("ssl", Path(model_file), Path(outpath), beside, check if exports else None)
 
 
-def _profile_of(model_file: Path) -> Path | None:
-    """Return the depth profile that decoding takes."""
-    from dldkit.asr.loading import encoder_states, read_checkpoint
-    from dldkit.depth.profile import find_profile
-
-    return find_profile(model_file, encoder_states(read_checkpoint(model_file)))
-
-
 def _pack(
     kind: str,
     model_file: Path,
@@ -134,9 +126,12 @@ def _pack(
         # ./NAME is what ESPnet's unpack, its downloader and we find beside the config
         set_file(config, key, f"./{BARE_NAMES[key]}")
         files[BARE_NAMES[key]] = Path(path)
-    if kind == "asr" and (profile := _profile_of(model_file)):
-        name = profile_path(model_file.name).name  # in the zip, links are files
-        files[name] = profile
+    if kind == "asr":
+        from dldkit.asr.loading import profile_of
+
+        if profile := profile_of(model_file):
+            name = profile_path(model_file.name).name  # in the zip, links are files
+            files[name] = profile
     for top in (exp / name for name in beside):
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
             name = path.relative_to(exp)

@@ -19,11 +19,8 @@ TEMPLATE = ROOT / "egs2" / "TEMPLATE" / "asr1"
 CONFIGS = sorted(ROOT.glob("egs2/*/asr1/conf/train_asr*.yaml"))
 SYSTEMS = sorted((ROOT / "conf" / "systems").glob("*.yaml"))
 PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
-ANYTIME = (
-    "anytime",
-    "anytime_uniform",
-    "early_exit_kd",
-)  # begin with early exit's weights
+# they begin with early exit's weights
+ANYTIME = ("anytime", "anytime_uniform", "early_exit_kd")
 PULLED = ("dld_paper", "dld", "nested", *ANYTIME)  # to a reference
 ALONE = "anytime_alone"
 EARLY_EXIT = ("early_exit", "early_exit_half")

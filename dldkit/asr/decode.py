@@ -13,15 +13,11 @@ from typing import Any, Mapping, Optional, Sequence, Union
 import torch
 
 from dldkit.asr.inference import Speech2Text, inference, read_options
-from dldkit.asr.loading import (
-    encoder_states,
-    read_checkpoint,
-    without_espnets_news,
-)
+from dldkit.asr.loading import profile_of, without_espnets_news
 from dldkit.asr.speech import refuse_missing_speech, speech_source, utterance_ids
 from dldkit.asr.stopping import thresholds_on
 from dldkit.data.datadir import read_lengths, read_table
-from dldkit.depth.profile import DepthProfile, find_profile
+from dldkit.depth.profile import DepthProfile
 from dldkit.depth.thresholds import FILE, read_thresholds, threshold_name
 from dldkit.errors import UserError
 from dldkit.options import named_twice
@@ -139,7 +135,7 @@ def decode_depths(
 
 def calibrated(model_file: Path) -> dict[int, str]:
     """Return a digest of what a checkpoint's depth profile says, by depth."""
-    path = find_profile(model_file, encoder_states(read_checkpoint(model_file)))
+    path = profile_of(model_file)
     digests: dict[int, hashlib._Hash] = {}
     for layers, entry in DepthProfile.load(path).depths.items() if path else ():
         found = digests.setdefault(len(layers), hashlib.sha256())

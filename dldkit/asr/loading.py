@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Mapping, Union
+from typing import Mapping, Optional, Union
 
 import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.main_funcs.pack_funcs import unpack
 from espnet2.torch_utils.safe_torch_load import safe_torch_load
 
+from dldkit.depth.profile import find_profile
 from dldkit.errors import UserError
 
 
@@ -112,6 +113,11 @@ def encoder_states(states: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     """Return the encoder's part of a model's state dict."""
     prefix = "encoder."
     return {k[len(prefix) :]: v for k, v in states.items() if k.startswith(prefix)}
+
+
+def profile_of(checkpoint: Union[str, Path]) -> Optional[Path]:
+    """Return the depth profile that decoding with a checkpoint takes, if any."""
+    return find_profile(checkpoint, encoder_states(read_checkpoint(checkpoint)))
 
 
 def check_weights(

@@ -161,10 +161,12 @@ def write_set(
         strings[f"{speaker}-{name}-{number:05d}"] = said
 
     directory = data_dir / "local" / "strings" / name
-    used = {*sum(names.values(), [])}
-    for speaker in made.babble[0]:
-        used.update(recordings_of(speaker, made.babble[1]))
-    files = {recording: corpus.recordings / f"{recording}.wav" for recording in used}
+    files = {
+        recording: corpus.recordings / f"{recording}.wav"
+        for heard, takes in ((speakers, made.takes), made.babble)
+        for speaker in heard
+        for recording in recordings_of(speaker, takes)
+    }
     made_from = {**made._asdict(), "digits": digits, "seed_of_all": seed}
     with Step(directory, files, **made_from) as step:
         # other strings have other paths: stage 3 looks at the tables alone

@@ -311,14 +311,15 @@ def _load(
             samples = convert(mixed, rate, form.fs, utt.speed)
             # What is written counts. But at the ends of a constant, another rate leaves
             # ripples, and these are silent, too.
-            if not np.ptp(as_16_bit(samples)) or not np.ptp(mixed):
+            written = as_16_bit(samples)
+            if not np.ptp(written) or not np.ptp(mixed):
                 raise BadAudio(
                     f"silent: its {len(mixed)} samples are all the same in 16 bits"
                 )
             if form.feats_type == "fbank" and len(samples) < WINDOW * form.fs:
                 raise BadAudio(f"shorter than a window of {WINDOW} s")
-            written = hashlib.blake2b(as_16_bit(samples).tobytes(), digest_size=8)
-            outcome.digests[utt.id] = written.hexdigest()
+            digest = hashlib.blake2b(written.tobytes(), digest_size=8)
+            outcome.digests[utt.id] = digest.hexdigest()
             outcome.rates[utt.id] = rate
             if audio.shape[1] > 1:
                 outcome.channels[utt.id] = audio.shape[1]

@@ -149,8 +149,8 @@ def prepare(args: argparse.Namespace) -> None:
     data_dir = Path(args.data_dir)
     seen = [speaker for speaker in corpus.speakers if speaker != corpus.unseen]
     for index, (name, size) in enumerate(sizes.items()):
-        # A seed per set: the size of one does not alter another. The strings of
-        # valid and strings_test share no recording with the training sets.
+        # A seed per set: the size of one does not alter another. The strings of valid
+        # and strings_test share no recording with the training sets.
         takes = {"strings_test": TEST, "valid": DEV}.get(name, TRAIN)
         strings = DigitSet(name, seen, takes, size, index)
         # those of train and valid are taken from there without their transcripts
