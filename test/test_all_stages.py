@@ -26,10 +26,11 @@ def test_no_recipe_is_left_out():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LAYOUTS, *MADE])
 def test_stages_1_to_13(name, tmp_path):
-    """Two epochs of a tiny reference and of a tiny anytime model."""
+    """Two epochs of a tiny reference and of a tiny `anytime`, which has all stages."""
     recipes, env = copy_of_the_recipes(tmp_path), environment()
     recipe = recipes / name / "asr1"
     words = ["--asr_args", TINY, "--reference_args", TINY, "--asr_tag", "tiny"]
+    words += ["--system", "anytime"]
     words += ["--inference_depths", "4 2", "--rtf_utts", 2, "--nj", 1]
     if name in MADE:
         words += ["--local_data_opts", FEW]

@@ -22,7 +22,6 @@ PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
 # they begin with early exit's weights
 ANYTIME = ("anytime", "anytime_uniform", "early_exit_kd")
 PULLED = ("dld_paper", "dld", "nested", *ANYTIME)  # to a reference
-ALONE = "anytime_alone"
 EARLY_EXIT = ("early_exit", "early_exit_half")
 FULL = ("early_exit_kd", *EARLY_EXIT)  # depth, in each step
 
@@ -68,19 +67,18 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     built = yaml.safe_load(Path("out/config.yaml").read_text())
     encoder = built["encoder_conf"]
     assert built["encoder"].startswith("ld_")
-    ours = system.stem in (*PULLED, "rd", ALONE, *EARLY_EXIT)
+    ours = system.stem in (*PULLED, "rd", *EARLY_EXIT)
     dynamic = ours and system.stem not in FULL
     assert (encoder["depth_sampler"] != "full") == dynamic
     assert built["model"] == ("dld" if ours else "espnet")
     if ours:
         reference = built["model_conf"]["reference"]
         assert reference == ("exp/asr_static" if system.stem in PULLED else None)
-    exits = (*EARLY_EXIT, ALONE, *ANYTIME)
+    exits = (*EARLY_EXIT, *ANYTIME)
     assert bool(encoder.get("exits")) == (system.stem in exits)
     prefix = ("nested", *exits)
     choice = dict.fromkeys(prefix, "prefix") | dict(dld="even", rd="even")
     assert encoder.get("layer_choice", "random") == choice.get(system.stem, "random")
-    assert encoder.get("full_depth_share", 0) == (0.4 if system.stem == ALONE else 0)
     assert bool(encoder.get("stochastic_depth_rate")) == (
         system.stem == "stochastic_depth"
     )
@@ -130,8 +128,10 @@ class An4:
         self.printed = self.run()
 
     def run(self, *words, **options):
-        paths = ["--expdir", self.exp, "--dumpdir", self.dump.name]
-        return shell("./run.sh", *paths, *words, cwd=self.recipe, **options)
+        """Run the system that has most stages, if no other one is named."""
+        given = ["--expdir", self.exp, "--dumpdir", self.dump.name]
+        given += ["--system", "anytime"]
+        return shell("./run.sh", *given, *words, cwd=self.recipe, **options)
 
     def utterance(self):
         wav = (self.dump / "raw/test/wav.scp").read_text().split("\n")[0]
@@ -146,7 +146,7 @@ def an4(tmp_path_factory):
 
 def test_a_stage_without_the_one_before_says_which(tmp_path):
     recipe = copy_of_the_recipes(tmp_path) / "mini_an4" / "asr1"
-    for stage, needed in ((4, "stage 3"), (6, "stage 5"), (12, "stage 11")):
+    for stage, needed in ((4, "stage 3"), (10, "stage 5"), (12, "stage 11")):
         words = ["--stage", stage, "--stop_stage", stage]
         text = shell("./run.sh", *words, cwd=recipe, status=1)
         assert f"run {needed} first" in text
@@ -180,7 +180,7 @@ def test_settings_with_commas_and_colons_give_a_name_that_espnet_takes(tmp_path)
     drawn = "--encoder_conf depth_sampler={4:1,2:1}"
     words = ["--stage", 12, "--stop_stage", 12, "--asr_args", drawn]
     text = shell("./run.sh", *words, cwd=recipe, status=1)
-    assert "exp/asr_anytime_raw_char_encoder_confdepth_sampler4-1_2-1/" in text
+    assert "exp/asr_early_exit_half_raw_char_encoder_confdepth_sampler4-1_2-1/" in text
 
 
 def test_all_stages_of_mini_an4(an4):
@@ -315,6 +315,21 @@ def test_a_second_run_keeps_everything(an4):
     assert "epoch results" not in printed and "real-time factor" not in printed
     assert "| anytime" in printed  # the table is shown again
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_default_is_one_training_without_a_reference(an4):
+    paths = ["--expdir", an4.exp, "--dumpdir", an4.dump.name]
+    words = ["--stage", 6, "--stop_stage", 13, "--rtf_utts", 0]
+    text = shell("./run.sh", *paths, *words, cwd=an4.recipe)
+    for stage in (6, 7, 8, 9):
+        assert f"Stage {stage}: skipped: early_exit_half needs no reference" in text
+    student = an4.exp / "asr_early_exit_half_raw_char"
+    config = yaml.safe_load((student / "config.yaml").read_text())
+    assert config["model_conf"]["exit_gradient"] == 0.5
+    assert config["model_conf"]["reference"] is None and not config["init_param"]
+    results = json.loads((student / "results.json").read_text())["results"]
+    of_both = {(r["system"], r["depth"]) for r in results}
+    assert of_both == {("early_exit_half_raw_char", depth) for depth in (4, 2)}
 
 
 @pytest.mark.slow
@@ -469,7 +484,7 @@ def test_all_stages_with_a_pretrained_encoder(an4, tmp_path):
     exp = tmp_path / "exp"
     words = ["--expdir", exp, "--stop_stage", 13, "--feats_normalize", "none"]
     words += ["--asr_config", tmp_path / "train_asr_wavlm.yaml"]
-    words += ["--inference_depths", "4 2"]
+    words += ["--inference_depths", "4 2", "--system", "anytime"]
 
     def depths_of(name):
         results = json.loads((exp / name / "results.json").read_text())["results"]

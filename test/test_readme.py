@@ -53,7 +53,7 @@ GIVEN = {"teacher", "student_conf"}  # in the config before that of the defaults
         (
             PRETRAINED["encoder_conf"],
             LDHuggingFaceEncoder,
-            {*OF_SAMPLER, "depth_sampler", "full_depth_share", "input_size"},
+            {*OF_SAMPLER, "depth_sampler", "input_size"},
         ),
         (DEFAULTS["model_conf"], SFMDistillModel, {*OF_SAMPLER, *FILLED_IN, *GIVEN}),
         (DEFAULTS["trainer_conf"], Stacking, {"fractions"}),

@@ -38,7 +38,7 @@ def recipe(tmp_path_factory):
     recipes = copy_of_the_recipes(tmp_path_factory.mktemp("on slurm"))
     recipe = recipes / "mini_an4" / "asr1"
     on_slurm = ["--parallel_config", recipes.parent / "conf" / "slurm.yaml"]
-    words = ["--reference_args", "--max_epoch 1", *on_slurm]
+    words = ["--system", "anytime", "--reference_args", "--max_epoch 1", *on_slurm]
     printed = shell("./run.sh", "--stop_stage", 6, *words, cwd=recipe)
     assert printed.count("workers are jobs of slurm") == 3  # one for each set
     return recipe, words

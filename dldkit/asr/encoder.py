@@ -152,8 +152,6 @@ class LayerDropEncoder(ExitingEncoder):
         exits: depths whose output is trained as well, where a step passes them on its
             way to a deeper one; a number n = after every n layers. They need
             `layer_choice: prefix`.
-        full_depth_share: of the epochs, the first ones, whose steps run all layers:
-            deep layers, which drawn depths rarely reach, are learnt first.
         keep_final_norm: skipped layers still apply their final LayerNorm.
 
     Raises:
@@ -171,7 +169,6 @@ class LayerDropEncoder(ExitingEncoder):
         min_depth: int = 1,
         layer_choice: str = "random",
         exits: Union[int, Sequence[int], None] = (),
-        full_depth_share: float = 0.0,
         keep_final_norm: bool = False,
         **kwargs,
     ):
@@ -191,12 +188,7 @@ class LayerDropEncoder(ExitingEncoder):
         self.encoders = GatedLayers(
             *self.encoders,
             sampler=DepthSampler(
-                depth_sampler,
-                keep_prob,
-                min_depth,
-                layer_choice,
-                exits,
-                full_depth_share,
+                depth_sampler, keep_prob, min_depth, layer_choice, exits
             ),
             keep_final_norm=keep_final_norm,
         )

@@ -62,7 +62,6 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
         min_depth: see `LayerDropEncoder`.
         layer_choice: see `LayerDropEncoder`.
         exits: see `LayerDropEncoder`.
-        full_depth_share: see `LayerDropEncoder`.
         hf_config: content of the model's config.json, which training writes into the
             experiment's config.yaml. The weights come from its checkpoint then, and
             `model` need not exist any more.
@@ -91,7 +90,6 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
         min_depth: int = 1,
         layer_choice: str = "random",
         exits: Union[int, Sequence[int]] = (),
-        full_depth_share: float = 0.0,
         hf_config: Optional[Mapping[str, Any]] = None,
         normalize: Optional[bool] = None,
     ):
@@ -140,9 +138,7 @@ class LDHuggingFaceEncoder(ExitingEncoder, AbsEncoder):
             self.model = family.build(config)
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-        sampler = DepthSampler(
-            depth_sampler, keep_prob, min_depth, layer_choice, exits, full_depth_share
-        )
+        sampler = DepthSampler(depth_sampler, keep_prob, min_depth, layer_choice, exits)
         self.family.gate(self.model, sampler)
         self.follow_sampler()
         self.layer_logits = None

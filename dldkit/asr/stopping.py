@@ -93,7 +93,7 @@ def usable_exits(encoder: torch.nn.Module) -> list[int]:
     if not exits:
         raise UserError(
             "exit_threshold needs a model with exits: train with encoder_conf: exits "
-            "(--system anytime or early_exit)"
+            "(--system early_exit_half or anytime)"
         )
     layers = encoder.active_layers
     if layers != tuple(range(len(layers))):

@@ -55,7 +55,6 @@ class Gates(torch.nn.Module):
         self._rng: Optional[random.Random] = None
         self._seed: Optional[int] = None
         self._step: Optional[int] = None  # of the optimiser, that the draws are for
-        self._begins_full: Optional[bool] = None  # whether this epoch runs all layers
         self.select(range(len(self)))
 
     @property
@@ -100,24 +99,6 @@ class Gates(torch.nn.Module):
         self._drawn: list[tuple[int, ...]] = []
         self._smallest: Optional[tuple[int, ...]] = None
 
-    def begin_epoch(self, epoch: int, max_epoch: int) -> None:
-        """Let the steps of an epoch, from 1, run all layers or draw them.
-
-        That is what the sampler's `full_depth_share` says: deep layers, which drawn
-        depths rarely reach, are learnt first.
-        """
-        share = self.sampler.full_depth_share
-        self._begins_full = epoch <= round(share * max_epoch)
-
-    def _runs_all(self) -> bool:
-        """Whether the steps run all slots that are selected, whatever is drawn."""
-        if self.sampler.full_depth_share and self._begins_full is None:
-            raise UserError(
-                "full_depth_share is not told which epoch it is: train with dldkit's "
-                "commands, and trainer: resumable or stacking"
-            )
-        return not self.draws or bool(self._begins_full)
-
     def layers_of_step(self) -> tuple[int, ...]:
         """Return the slots of this optimiser step, drawn out of the selected ones.
 
@@ -128,7 +109,7 @@ class Gates(torch.nn.Module):
 
     def draws_of_step(self, number: int) -> list[tuple[int, ...]]:
         """Return several draws of this optimiser step; the first one is its own."""
-        if self._runs_all():
+        if not self.draws:
             return [self.selected] * number
         if self._rng is None:
             self._follow_seed()
@@ -144,7 +125,7 @@ class Gates(torch.nn.Module):
 
         What is there twice is left out (sandwich rule, arXiv 1903.05134).
         """
-        if self._runs_all():
+        if not self.draws:
             return [self.selected]
         draws = self.draws_of_step(number)
         if self._smallest is None:

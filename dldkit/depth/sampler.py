@@ -30,7 +30,6 @@ class DepthSampler:
         layer_choice: which they are: `random` = any subset of that size (DLD), else the
             layers that a selector means at inference: `even` | `prefix`.
         exits: depths, or a number that stands for every so many layers.
-        full_depth_share: of the epochs, the first ones, whose steps run all layers.
 
     Raises:
         UserError: for an unknown name, or an option out of its range.
@@ -43,14 +42,12 @@ class DepthSampler:
         min_depth: int = 1,
         layer_choice: str = "random",
         exits: Union[int, Sequence[int], None] = (),
-        full_depth_share: float = 0.0,
     ):
         self.depth_sampler = depth_sampler
         self.keep_prob = keep_prob
         self.min_depth = min_depth
         self.layer_choice = layer_choice
         self.exits = exits
-        self.full_depth_share = full_depth_share
         self._refuse_impossible_options()
 
     def _refuse_impossible_options(self) -> None:
@@ -78,16 +75,6 @@ class DepthSampler:
         if self.depth_sampler == "exits" and not self.exits:
             raise UserError(
                 "depth_sampler: exits draws depths that have one: set exits"
-            )
-        if not 0.0 <= self.full_depth_share < 1.0:
-            raise UserError(
-                f"full_depth_share {self.full_depth_share} is impossible: it is a "
-                "share of the epochs, from 0 to below 1"
-            )
-        if self.full_depth_share and self.is_full:
-            raise UserError(
-                "full_depth_share is for a depth_sampler that draws depths afterwards, "
-                "and full draws none: remove one of them"
             )
 
     @property
@@ -139,14 +126,6 @@ class DepthSampler:
         return min(
             depth for depth, w in self.weight_of_each_depth(num_layers).items() if w
         )
-
-    def share_of_each_depth(self, num_layers: int) -> dict[int, float]:
-        """Return the share of a whole training's steps that run each depth."""
-        weights = self.weight_of_each_depth(num_layers)
-        first, total = self.full_depth_share, sum(weights.values())
-        shares = {depth: (1 - first) * w / total for depth, w in weights.items()}
-        shares[num_layers] += first
-        return shares
 
     def exits_of(self, num_layers: int) -> list[int]:
         """Return the depths of the exits below the last layer, in order.

@@ -68,7 +68,10 @@ def check_asr(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         settings["token_type"] = start["token_type"]
         config = training_config(options, "asr", systems, start)
     _check_training(options, config)
-    settings["needs_reference"] = str(is_open(config, "model_conf.reference")).lower()
+    needs_reference = is_open(config, "model_conf.reference")
+    if not needs_reference:
+        _refuse_unused_reference(options)
+    settings["needs_reference"] = str(needs_reference).lower()
     system = training_config({**options, "asr_args": ""}, "asr", systems)
     # what --asr_args give has no place in the system's config any more
     given = [
@@ -129,6 +132,15 @@ def _model_to_start_from(options: Mapping[str, str]) -> Mapping[str, Any] | None
         return config
 
 
+def _refuse_unused_reference(options: Mapping[str, str]) -> None:
+    for name in ("reference", "reference_system"):
+        if options[name]:
+            raise UserError(
+                f"--{name} {options[name]}: {options['system']} takes no reference "
+                "here; choose a --system that is pulled to one, such as anytime or dld"
+            )
+
+
 def reference_system(config: DictConfig) -> str:
     """Return what the reference of a student is trained as, if nothing is said."""
     # a student that begins with its weights begins with trained exits
@@ -169,8 +181,7 @@ def _reference(
 def _weights(config: DictConfig) -> list[Any]:
     """Return what says which weights a model has."""
     names = "encoder encoder_conf decoder decoder_conf frontend frontend_conf"
-    drawn = "depth_sampler keep_prob min_depth layer_choice exits full_depth_share"
-    drawn = drawn.split()
+    drawn = "depth_sampler keep_prob min_depth layer_choice exits".split()
     plain = OmegaConf.to_container(config)
     plain["encoder_conf"] = {
         name: value
@@ -218,7 +229,7 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
     )
     reason = ""
     if not exits:
-        reason = f"{options['system']} has no exits; anytime and early_exit have"
+        reason = f"{options['system']} has no exits; early_exit_half and anytime have"
     elif _beam_size(options) != "1":
         reason = "a beam search does not stop early; leave out --beam_size"
     elif options["selector"] == "even":

@@ -162,7 +162,7 @@ def _sampler(encoder: Mapping[str, Any]) -> DepthSampler:
     name = encoder.get("depth_sampler", "bernoulli")
     if isinstance(name, Mapping):  # JSON's keys are strings
         name = {int(depth): weight for depth, weight in name.items()}
-    options = "keep_prob", "min_depth", "layer_choice", "exits", "full_depth_share"
+    options = "keep_prob", "min_depth", "layer_choice", "exits"
     return DepthSampler(
         name, **{key: encoder[key] for key in options if key in encoder}
     )
@@ -173,7 +173,7 @@ def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
     encoder, model = config["encoder_conf"], config.get("model_conf") or {}
     number = encoder["num_blocks"]
     sampler = _sampler(encoder)
-    weights = sampler.share_of_each_depth(number)
+    weights = sampler.weight_of_each_depth(number)
     drawn = float(np.average(list(weights), weights=list(weights.values())))
     sandwich = model.get("sandwich")
     if model.get("reference") == "self" and sandwich is None and not sampler.is_full:
@@ -182,12 +182,7 @@ def mean_depth(config: Union[DictConfig, Mapping[str, Any]]) -> float:
         return drawn
     if sampler.layer_choice == "prefix":
         return number  # the smaller depths lie on the way
-    share = sampler.full_depth_share
-    return (
-        number
-        + (1 - share) * sampler.smallest(number)
-        + sandwich * (drawn - share * number)
-    )
+    return number + sampler.smallest(number) + sandwich * drawn
 
 
 def shortest_run(runs: Sequence[Run], system: str) -> Run:

@@ -103,9 +103,6 @@ class ResumableTrainer(Trainer):
     ) -> bool:
         """Train one epoch, once all files of the epoch before are in their place."""
         _Checkpoint(options, distributed_option).commit()
-        layers = find_gates(model)
-        if layers is not None:
-            layers.begin_epoch(reporter.get_epoch(), options.max_epoch)
         # What accum_grad has left over from the epoch before is in no checkpoint.
         model.zero_grad()
         return super().train_one_epoch(

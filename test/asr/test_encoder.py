@@ -97,7 +97,6 @@ def test_options_are_espnets_and_ours(encoder_name, make_encoder):
         min_depth=1,
         layer_choice="random",
         exits=(),
-        full_depth_share=0.0,
         keep_final_norm=False,
     )
     assert set(ours) == set(theirs) | set(new)

@@ -203,35 +203,6 @@ class TestTraining:
             make_encoder("ld_conformer", min_depth=5)
 
 
-class TestFullDepthFirst:
-    @staticmethod
-    def gates(make_encoder, share):
-        options = dict(depth_sampler="uniform", full_depth_share=share)
-        return make_encoder("ld_conformer", **options).gates
-
-    @pytest.mark.parametrize(
-        "share, max_epoch, full", [(0.5, 4, 2), (0.4, 2, 1), (0.1, 3, 0), (0.0, 3, 0)]
-    )
-    def test_that_share_of_the_epochs(self, make_encoder, share, max_epoch, full):
-        gates = self.gates(make_encoder, share)
-        everything = (0, 1, 2, 3)
-        for epoch in range(1, max_epoch + 1):
-            gates.begin_epoch(epoch, max_epoch)
-            drawn, sandwiches = set(), set()
-            for _ in range(30):
-                drawn.add(gates.layers_of_step())
-                sandwiches.update(gates.sandwich_of_step(2))
-                end_step()
-            assert (drawn == {everything}) == (epoch <= full)
-            assert (sandwiches == {everything}) == (epoch <= full)
-
-    def test_has_to_know_the_epoch(self, make_encoder):
-        gates = self.gates(make_encoder, 0.5)
-        with pytest.raises(UserError, match="full_depth_share .* trainer: resumable"):
-            gates.layers_of_step()
-        assert self.gates(make_encoder, 0.0).layers_of_step()
-
-
 class TestSeveralDraws:
     """Of one step: all of them hold until the optimiser made it."""
 

@@ -182,22 +182,3 @@ def test_refuses_an_unknown_layer_choice():
 def test_refuses_a_min_depth_above_the_layers():
     with pytest.raises(UserError, match="min_depth 4 .* 3 layers"):
         DepthSampler("uniform", min_depth=4).draw(range(3), random.Random(0))
-
-
-def test_steps_at_full_depth_count_in_what_a_training_runs():
-    sampler = DepthSampler({2: 1, 4: 3}, full_depth_share=0.2)
-    shares = sampler.share_of_each_depth(4)
-    assert shares == pytest.approx({1: 0, 2: 0.2, 3: 0, 4: 0.8})
-
-
-@pytest.mark.parametrize(
-    "name, share, message",
-    [
-        ("uniform", 1.0, "full_depth_share 1.0 .* below 1"),
-        ("uniform", -0.1, "full_depth_share -0.1"),
-        ("full", 0.5, "full draws none"),
-    ],
-)
-def test_refuses_a_share_at_full_depth(name, share, message):
-    with pytest.raises(UserError, match=message):
-        DepthSampler(name, full_depth_share=share)

@@ -52,7 +52,7 @@ BAD_ASR = """
 --nj 0 | --nj 0: write an integer of at least 1
 --ngpu many | --ngpu many: write an integer of at least 0, or auto
 --seed x | --seed x: write an integer of at least 0, or nothing
---system nope | there is no nope.yaml .* choose one of anytime, anytime_alone
+--system nope | there is no nope.yaml .* choose one of anytime, anytime_uniform
 --valid_set train_nodev | --train_set and --valid_set are both train_nodev
 --train_set "" | --train_set "": name a directory of data/
 --train_set data/train | --train_set "data/train": name a directory
@@ -102,6 +102,8 @@ BAD_ASR = """
 --pretrained_model nope.pth:a:b | --pretrained_model nope.pth: there is no such file
 --start_from ./nope | --start_from ./nope does not exist: .* or a model on Hugging Face
 --start_from x --pretrained_model run.sh | both say where the weights begin
+--reference conf | early_exit_half takes no reference .* anytime or dld
+--system rd --reference_system static | --reference_system static: rd takes no reference
 --reference exp/nope | --reference exp/nope does not exist: name an experiment
 --expdir run.sh/exp | --expdir run.sh/exp: run.sh is a file
 --dumpdir a,b | --dumpdir a,b: choose a path without commas
@@ -356,14 +358,15 @@ def test_criteria_of_the_command_line_count(check):
 
 def test_a_reference_makes_the_checkpoint_that_is_decoded(check):
     """It would not be known until it is trained."""
-    wanted = dict(asr_args="--max_epoch 20", inference_asr_model="20epoch.pth")
+    wanted = dict(system="anytime", asr_args="--max_epoch 20")
+    wanted.update(inference_asr_model="20epoch.pth")
     with pytest.raises(UserError, match="the reference's .* has 8 epochs"):
         check(**wanted)
     check(**wanted, reference_args="--max_epoch 20")
     check(**wanted, stage="8")
     check(**wanted, skip_reference="true")
-    check(**wanted, system="early_exit")
-    wanted = dict(asr_args="--keep_nbest_models 4")
+    check(**{**wanted, "system": "early_exit"})
+    wanted = dict(system="anytime", asr_args="--keep_nbest_models 4")
     wanted.update(inference_asr_model="valid.loss_ctc.ave_4best.pth")
     with pytest.raises(UserError, match="the reference's training .* will not make it"):
         check(**wanted)
@@ -394,7 +397,6 @@ def test_validation_is_at_full_half_and_the_smallest_depth(
         ("nested", "true"),
         ("anytime", "true"),
         ("anytime_uniform", "true"),
-        ("anytime_alone", "false"),
         ("early_exit_half", "false"),
         ("early_exit_kd", "true"),
         ("rd", "false"),
@@ -430,7 +432,7 @@ def test_a_student_that_begins_with_exits_has_a_reference_with_exits(
 @pytest.mark.parametrize("system, why", [("dld", "needs a reference"), ("x", "no x")])
 def test_a_reference_that_can_not_be_trained_is_refused(check, system, why):
     with pytest.raises(UserError, match=f"--reference_system {system}: .*{why}"):
-        check(reference_system=system)
+        check(system="dld", reference_system=system)
 
 
 @pytest.mark.parametrize(

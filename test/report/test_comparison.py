@@ -55,7 +55,6 @@ class TestCost:
             (dict(depth_sampler="uniform"), {}, 6.5),
             (dict(depth_sampler="uniform", min_depth=3), {}, 7.5),
             (dict(depth_sampler="exits", exits=2), {}, 7.0),
-            (dict(depth_sampler="exits", exits=2, full_depth_share=0.4), {}, 9.0),
             # Bernoulli gates without the draw of no layer at all
             ({}, {}, 6 / (1 - 0.5**12)),
             (dict(depth_sampler={12: 1, 2: 3}), {}, 4.5),

@@ -171,11 +171,9 @@ def recipe_of(request, dld_training, corpus, bpe, build, tmp_path):
 
     `anytime` has exits, BPE units, an attention decoder, cached posteriors and a
     learning rate that ends at zero, `self` has forwards of random layers beside that of
-    the full depth, `full_first` runs the full depth in the first epoch.
+    the full depth.
     """
     changes = dict(max_epoch=2)
-    if request.param == "full_first":
-        changes |= dict(encoder_conf=dict(full_depth_share=0.5))
     if request.param == "anytime":
         model = dict(
             **bpe,
@@ -232,7 +230,7 @@ def test_layers_are_drawn_alike_on_all_ranks(recipe_of, processes, tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("recipe_of", ["anytime", "self", "full_first"], indirect=True)
+@pytest.mark.parametrize("recipe_of", ["anytime", "self"], indirect=True)
 def test_a_killed_run_of_several_depths_ends_like_an_unbroken_one(
     recipe_of, processes, tmp_path, request
 ):
@@ -252,21 +250,6 @@ def test_a_killed_run_of_several_depths_ends_like_an_unbroken_one(
     if "anytime" in request.node.name:
         assert broken["optimizers"][0]["param_groups"][0]["lr"] == 0
         assert measured(broken)["1 train optim0_lr0"] > 0
-    if "full_first" in request.node.name:
-        assert measured(broken)["1 train depth"] == 4
-        assert measured(broken)["2 train depth"] < 4
-
-
-@pytest.mark.integration
-def test_first_epochs_at_full_depth_are_those_of_early_exit(corpus, tmp_path):
-    early_exit = dict(layer_choice="prefix", exits=1, depth_sampler="full")
-    drawn_later = {**early_exit, "depth_sampler": "exits", "full_depth_share": 0.5}
-    for name, encoder_conf, max_epoch in (("a", early_exit, 1), ("b", drawn_later, 2)):
-        changes = dict(encoder="ld_conformer", model="dld", encoder_conf=encoder_conf)
-        main(corpus.training(tmp_path / name, max_epoch=max_epoch, **changes))
-    first = [load(tmp_path / name / "1epoch.pth") for name in "ab"]
-    assert same(*first)
-    assert measured(load(tmp_path / "b/checkpoint.pth"))["2 train depth"] < 4
 
 
 def options(directory, **changes):

@@ -70,7 +70,7 @@ kd_source=live  # live (the reference runs beside the student) or cached (stage 
 top_k=  # keep K tokens per frame in cached posteriors; empty: all
 
 ## Student model
-system=anytime  # what to train: a file of conf/systems, such as static, early_exit or dld
+system=early_exit_half  # what to train: a file of conf/systems, such as static, anytime or dld
 asr_config=conf/train_asr.yaml  # training config; that of --system is merged over it
 asr_args=  # more options of asr_train, e.g. "--max_epoch 20 --model_conf kd_weight=0.5"
 asr_tag=  # suffix of its experiment directory; empty: made from the settings

@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ../../TEMPLATE/asr1/compare.sh --epochs 16 \
-    --systems "static12 static6 static2 early_exit early_exit_half dld anytime_uniform anytime_alone anytime" "$@"
+    --systems "static12 static6 static2 dld early_exit anytime_uniform anytime early_exit_half" "$@"
