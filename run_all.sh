@@ -92,7 +92,7 @@ printf '%s\n' "" "${sources[@]}"
 for recipe in "${asr[@]}"; do
     comparison=$(directory_of "${recipe}")/results/README.md
     if [ ! -f "${root}/${comparison}" ]; then continue; fi
-    printf '\n%s, all systems compared, with longer trainings: %s\n' "${recipe}" "${comparison}"
+    printf '\n%s, all systems compared: %s\n' "${recipe}" "${comparison}"
     awk '
         /^### .*, equal arithmetic/ { print "\n" substr($0, 5) "\n"; wanted = 1; next }
         wanted && /^\|/ { print; inside = 1; next }

@@ -20,10 +20,9 @@ CONFIGS = sorted(ROOT.glob("egs2/*/asr1/conf/train_asr*.yaml"))
 SYSTEMS = sorted((ROOT / "conf" / "systems").glob("*.yaml"))
 PRETRAINED = dict(train_asr_wavlm="wavlm", train_asr_whisper="whisper")
 # they begin with early exit's weights
-ANYTIME = ("anytime", "anytime_uniform", "early_exit_kd")
+ANYTIME = ("anytime", "anytime_uniform")
 PULLED = ("dld_paper", "dld", "nested", *ANYTIME)  # to a reference
 EARLY_EXIT = ("early_exit", "early_exit_half")
-FULL = ("early_exit_kd", *EARLY_EXIT)  # depth, in each step
 
 pytestmark = pytest.mark.integration
 
@@ -68,7 +67,7 @@ def test_every_config_builds_its_model(config, system, tmp_path, capsys, monkeyp
     encoder = built["encoder_conf"]
     assert built["encoder"].startswith("ld_")
     ours = system.stem in (*PULLED, "rd", *EARLY_EXIT)
-    dynamic = ours and system.stem not in FULL
+    dynamic = ours and system.stem not in EARLY_EXIT
     assert (encoder["depth_sampler"] != "full") == dynamic
     assert built["model"] == ("dld" if ours else "espnet")
     if ours:
@@ -93,10 +92,6 @@ def test_variants_of_anytime_differ_in_what_they_are_named_for():
     uniform = yaml.safe_load((shared / "anytime_uniform.yaml").read_text())
     uniform["encoder_conf"]["depth_sampler"] = "exits"
     assert uniform == anytime
-    kd = yaml.safe_load((shared / "early_exit_kd.yaml").read_text())
-    assert kd["encoder_conf"].pop("depth_sampler") == "full"
-    assert {**kd["encoder_conf"], "depth_sampler": "exits"} == anytime["encoder_conf"]
-    assert {**kd, "encoder_conf": anytime["encoder_conf"]} == anytime
     own = ROOT / "egs2/digits/asr1/conf/systems/anytime_each.yaml"
     anytime["encoder_conf"]["exits"] = 1
     del anytime["specaug_conf"]  # of no use to waveforms
@@ -468,8 +463,14 @@ def test_a_published_model_is_what_a_training_starts_from(an4, tmp_path):
     results = json.loads((student / "results.json").read_text())["results"]
     both = {"from_some_body", "anytime_raw_from_some_body_max_epoch1"}
     assert {r["system"] for r in results} == both
-    again = an4.run(*words, "--stop_stage", 5, env=env)
+    words += ["--system", "early_exit_half", "--asr_tag", "half"]
+    again = an4.run(*words, "--stop_stage", 13, env=env)
     assert "is finished already, kept" in again
+    assert "Stage 7: skipped: early_exit_half needs no reference" in again
+    config = yaml.safe_load((an4.exp / "asr_half" / "config.yaml").read_text())
+    assert config["init_param"] == [checkpoint]
+    results = json.loads((an4.exp / "asr_half" / "results.json").read_text())["results"]
+    assert {r["system"] for r in results} == {"from_some_body", "half"}
 
 
 @pytest.mark.slow

@@ -398,7 +398,6 @@ def test_validation_is_at_full_half_and_the_smallest_depth(
         ("anytime", "true"),
         ("anytime_uniform", "true"),
         ("early_exit_half", "false"),
-        ("early_exit_kd", "true"),
         ("rd", "false"),
         ("static", "false"),
         ("early_exit", "false"),

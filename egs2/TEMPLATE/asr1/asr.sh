@@ -77,7 +77,8 @@ asr_tag=  # suffix of its experiment directory; empty: made from the settings
 asr_exp=  # its experiment directory; empty: asr_TAG in --expdir
 asr_stats_dir=  # directory of its statistics; empty: made from the settings
 start_from=  # trained model to make anytime: experiment, checkpoint, zip or Hugging Face name
-    # what it is (architecture, tokens, normalisation) is kept, and it is the reference
+    # what it is (architecture, tokens, normalisation) is kept; it is the reference, if
+    # the system has one, and the report shows it beside the student
 pretrained_model=  # checkpoint to begin with, as --init_param takes it
 seed=  # seed of both trainings; empty: that of the config
 feats_normalize=global_mvn  # global_mvn, utterance_mvn or none
@@ -179,8 +180,8 @@ if "${needs_reference}" && [ "${asr_exp}" == "${reference_exp}" ]; then
     die "${asr_exp} would be of the reference and of ${system}: give another --asr_tag or --reference_tag"
 fi
 
-no_reference= # why there are no stages 6 to 8
-no_reference_training= # why there are no stages 6 and 7, though there is stage 8
+no_reference= # why there are no stages 6 and 7
+no_reference_training= # why there are none, though there is a reference
 no_posteriors= # why there is no stage 9
 if [ -n "${start_from}" ]; then no_reference_training="the model is ${start_from}"; fi
 read -r -a student_settings <<<"${given_values}"
@@ -192,6 +193,8 @@ if ! "${needs_reference}"; then
 elif [ -n "${reference}" ]; then
     no_reference="the reference is ${reference}"
 fi
+no_decoded_reference=${no_reference} # why there is no stage 8
+if [ -n "${start_from}" ]; then no_decoded_reference=; fi # it is what the student has to match
 reference_model=${reference:-${reference_exp}/${inference_asr_model}}
 if ! "${needs_reference}" || [ -e "${reference}/posteriors.scp" ]; then
     no_posteriors=${no_reference}
@@ -410,7 +413,7 @@ if run_stage 7 "${no_reference}" "${no_reference_training}" "${skip_reference}" 
     train_model "${reference_exp}" "${reference_stats_dir}" "${reference_options[@]}"
 fi
 
-if run_stage 8 "${no_reference}" "${skip_reference}" "${skip_eval}"; then
+if run_stage 8 "${no_decoded_reference}" "${skip_reference}" "${skip_eval}"; then
     log "Stage 8: Reference decoding: ${reference_exp}/${inference_tag}"
     stage_needs "${reference_exp}/${inference_asr_model}" "stage 7"
     # at the one depth that it was trained for, which its own statistics fit
@@ -454,7 +457,7 @@ if run_stage 13 "${skip_eval}"; then
     log "Stage 13: Scores and depth report: ${asr_exp}/RESULTS.md"
     reported=("${asr_tag}=${asr_exp}")
     depths=${inference_depths}
-    if [ -z "${no_reference}" ]; then
+    if [ -z "${no_decoded_reference}" ]; then
         if [ -d "${reference_exp}/${inference_tag}" ]; then
             reported=("${reference_tag}=${reference_exp}" "${reported[@]}")
             depths+=" $(num_layers "${reference_exp}")"

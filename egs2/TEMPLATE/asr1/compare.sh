@@ -18,9 +18,9 @@ set -euo pipefail
 stage=1  # first stage to run
 stop_stage=4  # last stage to run
 seeds="1000 2000 3000"  # seeds of the trainings; ESPnet adds the epoch to them
-systems="static12 static10 static8 static6 static4 static2 static1 rd dld_paper dld nested early_exit early_exit_kd anytime_uniform anytime early_exit_half"  # systems to compare
+systems="static12 static10 static8 static6 static4 static2 static1 rd dld_paper dld nested early_exit anytime_uniform anytime early_exit_half"  # systems to compare
     # the deepest static one first; it is the reference of the others, and early_exit that
-    # of anytime, anytime_uniform and early_exit_kd
+    # of anytime and anytime_uniform
 asr_config=conf/train_asr.yaml  # training config of all systems
 epochs=8  # of the deepest static model, and of all others where --budgets says steps
 budgets="steps arithmetic"  # steps: as many epochs for all; arithmetic: as many as cost the same;
