@@ -101,16 +101,6 @@ def test_variants_of_anytime_differ_in_what_they_are_named_for():
     assert half == yaml.safe_load((shared / "early_exit.yaml").read_text())
 
 
-def test_what_is_compared_on_digits_is_the_recipe_s_own_model():
-    conf = ROOT / "egs2/digits/asr1/conf"
-    own, compared = (
-        yaml.safe_load((conf / f"train_asr{name}.yaml").read_text())
-        for name in ("", "_compared")
-    )
-    differ = {key for key in own | compared if own.get(key) != compared.get(key)}
-    assert differ == {"scheduler", "scheduler_conf", "max_epoch"}
-
-
 class An4:
     """mini_an4 after stages 1-15, with its experiments on "another disk"."""
 
