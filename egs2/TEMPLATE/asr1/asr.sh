@@ -76,7 +76,7 @@ asr_args=  # more options of asr_train, e.g. "--max_epoch 20 --model_conf kd_wei
 asr_tag=  # suffix of its experiment directory; empty: made from the settings
 asr_exp=  # its experiment directory; empty: asr_TAG in --expdir
 asr_stats_dir=  # directory of its statistics; empty: made from the settings
-start_from=  # trained model to make anytime: experiment, checkpoint, zip or Hugging Face name
+start_from=  # trained model to convert: experiment, checkpoint, zip or Hugging Face name
     # what it is (architecture, tokens, normalisation) is kept; it is the reference, if
     # the system has one, and the report shows it beside the student
 pretrained_model=  # checkpoint to begin with, as --init_param takes it
@@ -415,7 +415,7 @@ fi
 
 if run_stage 8 "${no_decoded_reference}" "${skip_reference}" "${skip_eval}"; then
     log "Stage 8: Reference decoding: ${reference_exp}/${inference_tag}"
-    stage_needs "${reference_exp}/${inference_asr_model}" "stage 7"
+    stage_needs "${reference_exp}/${inference_asr_model}" "stages 5 to 7"
     # at the one depth that it was trained for, which its own statistics fit
     decode "${reference_exp}" "$(num_layers "${reference_exp}")" ""
 fi
