@@ -108,10 +108,14 @@ def main() -> None:
     if "10" in stages and "5" not in stages:
         parser.error("--stages: 10 needs the tokens of 5")
     root = args.directory.absolute()
+    if root.exists():
+        parser.error(f"{root} exists: name a directory to make, and to remove")
     # in a process of its own: a command would begin with the memory that this one has
     writer = Process(target=write_directories, args=(root, args.utts, args.seconds))
     writer.start()
     writer.join()
+    if writer.exitcode:
+        sys.exit(f"error: {root} was not made, see above")
     found = {}
     for stage, command in commands(root, args.nj, args.audio_format).items():
         if stage.split()[0] in stages:

@@ -36,9 +36,19 @@ def named_twice(names: Sequence[str]) -> str:
 
 
 def flat_layers(layers: Sequence[Union[int, Sequence[int]]]) -> list[int]:
-    """Return layers, of which some may be in groups, one after the other."""
-    groups = ([layer] if isinstance(layer, int) else layer for layer in layers)
-    return [layer for group in groups for layer in group]
+    """Return layers, of which some may be in groups, one after the other.
+
+    Raises:
+        UserError: they are something else.
+    """
+    try:
+        groups = [[layer] if isinstance(layer, int) else layer for layer in layers]
+        flat = [layer for group in groups for layer in group]
+    except TypeError:  # a number is no list
+        flat = [None]
+    if isinstance(layers, str) or not all(type(layer) is int for layer in flat):
+        raise UserError(f"layers {layers}: write a list of numbers, as [4,8,12]")
+    return flat
 
 
 def positive(text: str) -> int:
@@ -81,7 +91,9 @@ def exit_thresholds(text: str) -> Union[str, list[float]]:
     """Read `auto`, `none`, or numbers between blanks or commas, each once."""
     if text in ("auto", "none"):
         return text
-    numbers = [threshold(word) for word in text.replace(",", " ").split()]
+    words = text.replace(",", " ").split()
+    # as directories are named: two of one name would be one
+    numbers = [float(f"{threshold(word):g}") for word in words]
     if not numbers:
         raise argparse.ArgumentTypeError(
             f'{text!r}: write auto, none, or numbers from 0 to 1, such as "0.02 0.05"'

@@ -245,7 +245,8 @@ def test_all_stages_of_a_distillation(distilled, speech):
     assert config["trainer_conf"]["depths"] == [2, 4]
     lengths = table_of(recipe / "dump/raw/train_cut2.0/utt2num_samples")
     assert max(map(int, lengths.values())) <= 32000
-    assert table_of(recipe / "exp/sfm_stats/train/speech_shape") == lengths
+    stats = recipe / "exp/sfm_stats_train_valid_cut2.0"
+    assert table_of(stats / "train/speech_shape") == lengths
     assert set(
         table_of(recipe / "exp/targets_teacher_cut2.0_layers2-3/targets.scp")
     ) == {
@@ -287,9 +288,8 @@ def test_all_stages_of_a_distillation(distilled, speech):
 @pytest.mark.slow
 def test_a_second_distillation_keeps_everything(distilled):
     recipe, run, _ = distilled
-    patterns = (
-        "sfm_*/*epoch.pth sfm_*/*/*.zip sfm_stats/*/* targets_*/* hidden_states/*/*.pt"
-    )
+    patterns = "sfm_*/*epoch.pth sfm_*/*/*.zip sfm_stats_*/*/* targets_*/*"
+    patterns += " hidden_states/*/*.pt"
     kept = [path for p in patterns.split() for path in (recipe / "exp").glob(p)]
     kept = [path for path in kept if path.is_file()]
     before = {path: path.stat().st_mtime_ns for path in kept}
@@ -393,3 +393,6 @@ def test_the_comparison_of_growing_students(distilled, speech):
     assert again == first
     assert not (exp / "sfm_full_lr0.004_seed1").exists()
     assert not (exp / "sfm_full_seed1" / "checkpoint.pth").exists()
+    other = ["--sfm_args", "--max_epoch 9"]
+    text = shell(*command, *other, cwd=recipe, env=environment(**speech), status=1)
+    assert "has runs with sfm_args '', not '--max_epoch 9': choose another" in text

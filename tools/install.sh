@@ -63,6 +63,13 @@ if ! usable "${venv}/bin/python"; then
             "move it away or set DLDKIT_VENV" >&2
         exit 1
     fi
+    # what this script did not make may be somebody's
+    if [ -e "${venv}" ] && [ "${venv}" != "${root}/.venv" ] &&
+        [ ! -e "${venv}/.dldkit_installed" ]; then
+        echo "error: the Python of ${venv} is not 3.12 or 3.13: set DLDKIT_VENV to" \
+            "another directory, or remove that one" >&2
+        exit 1
+    fi
     python=$(find_python || true)
     if [ -z "${python}" ]; then
         echo "error: no Python 3.12 or 3.13 in PATH, pyenv or uv. Install one (for" \

@@ -75,8 +75,10 @@ class SpeechReader:
     """
 
     def __init__(self, data_dir: Union[str, Path], train_args: argparse.Namespace):
+        source = speech_source(data_dir)
+        refuse_missing_speech(source[0], source[2])
         self.dataset = ESPnetDataset(
-            [speech_source(data_dir)],
+            [source],
             preprocess=ASRTask.build_preprocess_fn(train_args, False),
         )
 

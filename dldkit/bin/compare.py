@@ -163,7 +163,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         }
         machines = "; ".join(sorted({_machine(run) for run in runs}))
         made = f"Made by `{args.command.strip()}` on {date.today()}. Runs: {machines}."
-        body = tables(runs, systems, budgets)
+        body = tables(runs, systems, budgets, args.epochs)
         text = "\n\n".join(["# Systems compared", LEGEND, body, made])
         with atomic(args.output) as new:
             new.write_text(f"{text}\n", encoding="utf-8")

@@ -133,7 +133,8 @@ def _model_to_start_from(options: Mapping[str, str]) -> Mapping[str, Any] | None
 
 
 def _refuse_unused_reference(options: Mapping[str, str]) -> None:
-    for name in ("reference", "reference_system"):
+    names = "reference", "reference_system", "reference_config", "reference_args"
+    for name in (*names, "top_k"):
         if options[name]:
             raise UserError(
                 f"--{name} {options[name]}: {options['system']} takes no reference "

@@ -22,6 +22,10 @@ CRITERIA = [  # ESPnet's defaults
 ]
 
 
+# options of a training, and the recipe's own that say them
+OF_THE_RECIPE = {"config": "config", "output_dir": "tag"}
+
+
 def training_config(
     options: Mapping[str, str],
     kind: str,
@@ -45,6 +49,12 @@ def training_config(
         config = OmegaConf.create(student_config(recipe, start))
     config = OmegaConf.merge(config, merge_files(files))
     given = by_name(words_of(options, f"{kind}_args"))
+    for name, instead in OF_THE_RECIPE.items():
+        if name in dict(given):
+            raise UserError(
+                f"--{kind}_args says {name}, which the recipe has to know: say "
+                f"--{kind}_{instead}"
+            )
     try:
         config = OmegaConf.merge(config, *(_overrides(*item) for item in given))
         OmegaConf.resolve(config)
@@ -76,6 +86,8 @@ def files_of_system(option: str, system: str, directories: Sequence[Path]) -> li
 def _overrides(name: str, values: list[str]) -> DictConfig:
     """Return what one option of ESPnet's training commands sets in the config."""
     if name.endswith("_conf"):
+        if len(values) > 1:  # ESPnet takes one
+            raise ValueError(f"write --{name} before each of {' '.join(values)}")
         # ESPnet tells a dictionary from KEY=VALUE like this
         pairs = [f"{name}.{value}" for value in values if "=" in value]
         whole = [yaml.safe_load(value) for value in values if "=" not in value]

@@ -1,6 +1,7 @@
 """Systems compared over seeds: one small file per run, and the tables made of them."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from dldkit.data.datadir import test_set_dir
 from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 from dldkit.report.report import environment
+from dldkit.report.results import refuse_older
 from dldkit.report.scoring import Score, score_files
 from dldkit.report.tables import markdown, spread
 from dldkit.step import atomic
@@ -115,6 +117,8 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
         errors.setdefault(test_set, {})[depth] = score.errors.tolist()
     if not errors:
         raise UserError(f"{exp}/{inference_tag} has no decoded text: run stage 12")
+    depths = sorted({int(depth) for by_depth in errors.values() for depth in by_depth})
+    refuse_older(exp, inference_tag, "valid.loss_ctc.ave.pth", list(words), depths)
     states = torch.load(exp / "checkpoint.pth", map_location="cpu", weights_only=False)
     epochs = [stats["train"] for stats in states["reporter"]["stats"].values()]
     model, train_args = load_asr_model(exp)
@@ -254,11 +258,12 @@ class Comparison:
 
     Args:
         chosen: the runs of each system, one per seed.
-        unit: a run of the deepest static model, whose cost is 1.
+        unit: a run of the deepest static model.
+        epochs: of that model, whose cost is 1.
     """
 
-    def __init__(self, chosen: Mapping[str, Sequence[Run]], unit: Run):
-        self.runs, self.unit = chosen, unit
+    def __init__(self, chosen: Mapping[str, Sequence[Run]], unit: Run, epochs: int):
+        self.runs, self.unit, self.epochs = chosen, unit, epochs
         self.static = {static_depth(s): s for s in chosen if static_depth(s)}
         self.dynamic = [s for s in chosen if not static_depth(s)]
         self.test_sets = list(unit.words)
@@ -266,7 +271,8 @@ class Comparison:
     def costs(self) -> str:
         """Say what the trainings cost, that of the deepest static model being 1."""
         unit = self.unit
-        cost_of_unit = unit.steps * macs_at(unit.macs, static_depth(unit.system))
+        steps = unit.steps / unit.epochs * self.epochs
+        cost_of_unit = steps * macs_at(unit.macs, static_depth(unit.system))
         rows = []
         for system, runs in self.runs.items():
             depth = static_depth(system) or runs[0].depth
@@ -404,12 +410,14 @@ def tables(
     runs: Sequence[Run],
     systems: Sequence[str],
     budgets: Mapping[str, Mapping[str, int]],
+    epochs: int,
 ) -> str:
     """Return the tables of each budget: costs, then scores and differences by test set.
 
     Args:
         systems: the deepest static one first, and last the one to compare with all.
         budgets: the epochs of each system, by the name of the budget.
+        epochs: of the deepest static model, whose cost is 1, as that of a reference is.
 
     Raises:
         UserError: when there is no run of the deepest static model, runs of one system
@@ -417,14 +425,18 @@ def tables(
     """
     unit = shortest_run(runs, systems[0])  # longer ones are of --budgets total
     parts = []
-    for budget, epochs in budgets.items():
+    for budget, planned in budgets.items():
         chosen = {
             system: [
-                r for r in runs if (r.system, r.epochs) == (system, epochs[system])
+                r for r in runs if (r.system, r.epochs) == (system, planned[system])
             ]
             for system in systems
         }
         chosen = {system: found for system, found in chosen.items() if found}
+        if missing := [
+            f"{s} ({planned[s]} epochs)" for s in systems if s not in chosen
+        ]:
+            logging.warning(f"equal {budget}: no run of {', '.join(missing)}")
         for system, (first, *others) in chosen.items():
             for run in others:
                 if _trained_as(run) != _trained_as(first):
@@ -436,7 +448,7 @@ def tables(
                     )
         for run in sum(chosen.values(), []):
             _refuse_other_sets(run, unit, chosen[run.system][0])
-        compared = Comparison(chosen, unit)
+        compared = Comparison(chosen, unit, epochs)
         title = f"equal {BUDGETS[budget]}"
         parts += [f"## {title.capitalize()}", compared.costs()]
         for test_set in compared.test_sets:

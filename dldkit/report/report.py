@@ -17,6 +17,7 @@ from dldkit.report.results import (
     collect_stopped,
     load_recognisers,
     measure_costs,
+    refuse_older,
 )
 from dldkit.report.scoring import BOOTSTRAP_SAMPLES
 from dldkit.report.tables import (
@@ -59,6 +60,8 @@ def make_report(
             model or its test audio can not be read.
     """
     data_root, output_dir = Path(data_root), Path(output_dir)
+    for exp in systems.values():
+        refuse_older(exp, inference_tag, inference_asr_model, test_sets, depths)
     results = collect_scores(systems, data_root, test_sets, depths, inference_tag, seed)
     stopped = collect_stopped(systems, data_root, test_sets, inference_tag, seed)
     measure_costs(

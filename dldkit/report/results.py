@@ -1,9 +1,11 @@
 """Scores and costs of each system on each test set at each depth."""
 
 import functools
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Optional
@@ -20,6 +22,7 @@ from dldkit.report.scoring import (
 )
 
 # espnet and torch are imported by what measures costs, so that --help is quick.
+from dldkit.step import digest
 
 
 @dataclass
@@ -72,6 +75,36 @@ class Result:
             "not_decoded": self.not_decoded,
             **({} if self.threshold is None else {"threshold": self.threshold}),
         }
+
+
+def refuse_older(
+    exp: Path,
+    inference_tag: str,
+    inference_asr_model: str,
+    test_sets: Sequence[str],
+    depths: Sequence[int],
+) -> None:
+    """Refuse text that an earlier checkpoint of the same name decoded.
+
+    Raises:
+        UserError: naming the text, and what to do.
+    """
+    decoded, model = Path(exp) / inference_tag, Path(exp) / inference_asr_model
+    if not model.is_file():
+        return
+    content = digest(model)
+    names = [f"depth{depth}" for depth in depths]
+    names += [threshold_name(threshold) for threshold in read_thresholds(decoded)]
+    for name, test_set in product(names, test_sets):
+        done = decoded / name / test_set / ".done"
+        if not done.is_file():
+            continue
+        inputs = json.loads(done.read_text(encoding="utf-8"))["files"]
+        if inputs.get("asr_model_file", content) != content:
+            raise UserError(
+                f"{done.with_name('text')} is of another model than {model} is now: "
+                "decode again (stage 12; a reference in stage 8)"
+            )
 
 
 def collect_scores(

@@ -14,6 +14,7 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 from dldkit.asr.loading import check_weights, read_checkpoint
 from dldkit.depth.selector import select_layers
 from dldkit.errors import UserError
+from dldkit.step import Lock
 
 # In config.json: the slots that the layers were taken from. transformers keeps it, and
 # it tells an export, which may be written anew, from other models, which may not.
@@ -124,14 +125,15 @@ def export_student(
     )
     partial = output_dir.with_name(output_dir.name + ".partial")
     former = output_dir.with_name(output_dir.name + ".former")
-    for leftover in (partial, former):
-        shutil.rmtree(leftover, ignore_errors=True)
-    plain.save_pretrained(partial)
-    extractor.save_pretrained(partial)
-    if output_dir.exists():
-        output_dir.replace(former)
-    partial.replace(output_dir)
-    shutil.rmtree(former, ignore_errors=True)
+    with Lock(output_dir.with_name(f".{output_dir.name}.lock")):
+        for leftover in (partial, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+        plain.save_pretrained(partial)
+        extractor.save_pretrained(partial)
+        if output_dir.exists():
+            output_dir.replace(former)
+        partial.replace(output_dir)
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def plain_hubert(student: HubertModel, layers: Sequence[int]) -> HubertModel:

@@ -21,7 +21,7 @@ from dldkit.errors import UserError
 from dldkit.report.scoring import score_texts
 from dldkit.report.tables import markdown, spread
 from dldkit.sfm.teacher.opening import open_teacher, teacher_info
-from dldkit.step import Step
+from dldkit.step import Step, atomic
 
 PathLike = Union[str, Path]
 Pair = tuple[PathLike, PathLike]
@@ -80,6 +80,7 @@ def run_probes(
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no GPU can be used here: choose cpu")
     output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     words = _labels(digits, "text")
     for place, table in zip(digits, words):
         if wrong := [utt for utt, text in table.items() if len(text.split()) != 1]:
@@ -110,9 +111,12 @@ def run_probes(
         command=command, seeds=list(seeds), test_items=items, upstreams=results
     )
     table = _table(results, items, seeds)
-    (output_dir / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
     made_by = f"\nMade by `{command}`.\n" if command else ""
-    (output_dir / "RESULTS.md").write_text(f"{table}\n{made_by}")
+    texts_of = {"probe.json": json.dumps(report, indent=1) + "\n"}
+    texts_of["RESULTS.md"] = f"{table}\n{made_by}"
+    for file, text in texts_of.items():
+        with atomic(output_dir / file) as new:
+            new.write_text(text, encoding="utf-8")
     return table
 
 

@@ -34,6 +34,8 @@ IRRELEVANT = "config print_config log_level log_interval output_dir ngpu num_wor
 IRRELEVANT += " num_att_plot use_tensorboard use_matplotlib create_graph_in_tensorboard"
 IRRELEVANT += " resume dry_run version required detect_anomaly distributed"
 IRRELEVANT += " multiprocessing_distributed unused_parameters sharded_ddp local_rank"
+SELECTING = "keep_nbest_models best_model_criterion nbest_averaging_interval"
+EXTENDING = "max_epoch", "patience"  # what lets a training that has ended go on
 FILES = "data_path_and_name_and_type", "shape_file"
 
 
@@ -84,6 +86,8 @@ def experiment(
     if not _is_first(args):  # which would be waited for if it had nothing to do
         yield not step.is_done()
         return
+    if not args.collect_stats:
+        _refuse_relabelling(step)
     logging.basicConfig(level=args.log_level, format=_log_format())
     # Other nodes would not know why this one waits, and time out.
     step.lock.wait = not args.distributed or _number_of_nodes(args) == 1
@@ -91,6 +95,39 @@ def experiment(
         if not step.done and not args.collect_stats:
             copy_files(args)
         yield not step.done
+
+
+def _refuse_relabelling(step: Step) -> None:
+    """Refuse other options for a training that has ended.
+
+    Nothing would be trained, but config.yaml would say that it was trained with them.
+    """
+    done = step.read(".done")
+    before = done.get("options") if isinstance(done, dict) else None
+    if before is None:
+        return
+    options = [_without_selection(o) for o in (before, step.description["options"])]
+    old, new = options
+    more = [name for name in EXTENDING if new.get(name) != old.get(name)]
+    if more and (new.get("max_epoch") or 0) >= (old.get("max_epoch") or 0):
+        return
+    changed = [n for n in sorted({*old, *new}) if old.get(n) != new.get(n)]
+    if changed:
+        raise UserError(
+            f"{step.directory}: this training has ended, and {', '.join(changed)} is "
+            "not what it was done with: choose another directory, remove this one, or "
+            "raise max_epoch to train on"
+        )
+
+
+def _without_selection(options: Mapping[str, object]) -> dict[str, object]:
+    """Return the options but those that choose checkpoints, or what is reported."""
+    kept = {name: v for name, v in options.items() if name not in SELECTING.split()}
+    if isinstance(kept.get("model_conf"), dict):
+        kept["model_conf"] = {
+            k: v for k, v in kept["model_conf"].items() if k != "valid_depths"
+        }
+    return kept
 
 
 def _be_a_task_of_srun(args: argparse.Namespace) -> None:

@@ -103,6 +103,11 @@ BAD_ASR = """
 --start_from ./nope | --start_from ./nope does not exist: .* or a model on Hugging Face
 --start_from x --pretrained_model run.sh | both say where the weights begin
 --reference conf | early_exit_half takes no reference .* anytime or dld
+--reference_args "--max_epoch 3" | early_exit_half takes no reference
+--top_k 5 | --top_k 5: early_exit_half takes no reference
+--asr_args "--config x.yaml" | --asr_args says config, .* say --asr_config
+--reference_args "--output_dir x" --system dld | says output_dir, .* --reference_tag
+--asr_args "--model_conf a=1 b=2" | write --model_conf before each of a=1 b=2
 --system rd --reference_system static | --reference_system static: rd takes no reference
 --reference exp/nope | --reference exp/nope does not exist: name an experiment
 --expdir run.sh/exp | --expdir run.sh/exp: run.sh is a file
@@ -124,6 +129,8 @@ BAD_ASR = """
 BAD_SFM = """
 --system nope | there is no nope.yaml .* choose one of every_depth, fast, full
 --targets dead | --targets dead: choose one of live, cached, cached_features
+--sfm_args "--model_conf teacher_layers=3" | layers 3: write a list of numbers
+--sfm_args "--model_conf teacher_layers=4,8" | layers 4,8: write a list of numbers
 --targets cached_features | --system full has a CNN of its own: choose --system fast
 --system fast --targets cached_features --sfm_args "--model_conf cnn_init=" | fast has
 --train_shar nope --targets live | --train_shar nope: there is no cuts.*.jsonl.gz in it
@@ -438,7 +445,7 @@ def test_a_reference_that_can_not_be_trained_is_refused(check, system, why):
     "encoder, changes, unknown",
     [
         ("ld_e_branchformer", dict(system="stochastic_depth"), "stochastic_depth_rate"),
-        ("ld_conformer", dict(asr_args="--encoder_conf kept=1 x=2"), "kept, x"),
+        ("ld_conformer", dict(asr_args="--encoder_conf '{kept: 1, x: 2}'"), "kept, x"),
         (
             "ld_e_branchformer",
             dict(system="dld", reference_system="stochastic_depth"),

@@ -136,7 +136,7 @@ class TestTables:
     def test_compare_equal_epochs_with_each_other(self):
         systems = ["static12", "static6", "dld", "exits", "ours"]
         budgets = {"steps": dict.fromkeys(systems, 8)}
-        text = tables(self.runs(), systems, budgets)
+        text = tables(self.runs(), systems, budgets, 8)
         rows = {
             (cells[1], len(cells) - 2): cells[2:-1]
             for cells in ([c.strip() for c in r.split("|")] for r in text.splitlines())
@@ -160,7 +160,7 @@ class TestTables:
         ours = [run_of("ours", seed, errors={"12": [1, 1, 1, 1]}) for seed in (1, 2)]
         for theirs, cell in ((worse, r"\*\*-20.00 \["), (level, r"\+0.00 \[")):
             runs = {"dld": theirs, "ours": ours}
-            text = Comparison(runs, run_of("static12")).differences("ours", "test")
+            text = Comparison(runs, run_of("static12"), 8).differences("ours", "test")
             assert re.search(rf"dld +\| +{cell}", text), text
 
     def test_leave_out_models_that_lack_a_seed(self):
@@ -169,10 +169,10 @@ class TestTables:
         lucky = run_of("static6", errors={"6": [0, 0, 0, 0]})
         systems = ["static12", "static6", "ours"]
         budgets = {"steps": dict.fromkeys(systems, 8)}
-        text = tables([*both, lucky], systems, budgets)
+        text = tables([*both, lucky], systems, budgets, 8)
         assert "(static6)" not in text
         again = run_of("static6", 2, errors={"6": [0, 0, 0, 0]})
-        assert "(static6)" in tables([*both, lucky, again], systems, budgets)
+        assert "(static6)" in tables([*both, lucky, again], systems, budgets, 8)
 
     def test_leave_out_depths_that_a_system_is_not_trained_at(self):
         """An exit after every fourth layer: its depth 6 is of no use to anybody."""
@@ -182,7 +182,7 @@ class TestTables:
         runs[1].conf["encoder_conf"] = dict(depth_sampler="full", **exits)
         runs[2].conf["encoder_conf"] = dict(depth_sampler="uniform", **exits)
         names = ["static12", "a", "ours"]
-        text = tables(runs, names, {"steps": dict.fromkeys(names, 8)})
+        text = tables(runs, names, {"steps": dict.fromkeys(names, 8)}, 8)
         found = {
             row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
             for row in text.splitlines()
@@ -196,13 +196,13 @@ class TestTables:
         runs = [run_of("static12"), run_of("static12", seed=2)]
         runs += [run_of("other"), run_of("mine", seed=2)]
         names = ["static12", "other", "mine"]
-        text = tables(runs, names, {"steps": dict.fromkeys(names, 8)})
+        text = tables(runs, names, {"steps": dict.fromkeys(names, 8)}, 8)
         rows = re.findall(r"\| other +\| +(\S.*?) +\|", text)
         assert rows[-1] == "no common seed"
 
     def test_take_the_epochs_of_the_budget(self):
         budgets = {"arithmetic": {"static12": 8, "static6": 13}}
-        text = tables(self.runs(), ["static12", "static6"], budgets)
+        text = tables(self.runs(), ["static12", "static6"], budgets, 8)
         assert "15.00" in text and "0.00" in text and "10.00" not in text
 
     def test_refuse_seeds_of_a_system_that_was_changed_in_between(self):
@@ -214,11 +214,11 @@ class TestTables:
             run.conf = dict(encoder_conf=of, model_conf={"reference": reference})
         epochs = {"steps": {"static12": 8, "mine": 8}}
         # the same draws, written in another way, and the reference of another seed
-        assert "| mine" in tables([*runs, *mine], ["static12", "mine"], epochs)
+        assert "| mine" in tables([*runs, *mine], ["static12", "mine"], epochs, 8)
 
         mine[1].conf["encoder_conf"]["depth_sampler"] = "uniform"
         with pytest.raises(UserError, match="mine, 8 epochs: seeds 1 and 2 were train"):
-            tables([*runs, *mine], ["static12", "mine"], epochs)
+            tables([*runs, *mine], ["static12", "mine"], epochs, 8)
 
     def test_refuse_runs_on_other_test_data(self):
         epochs = {"steps": {"static12": 8, "mine": 8}}
@@ -227,23 +227,33 @@ class TestTables:
             runs[3].words = words
             message = "mine, 8 epochs, seed 2: it was decoded on another (test|other)"
             with pytest.raises(UserError, match=message):
-                tables(runs, ["static12", "mine"], epochs)
+                tables(runs, ["static12", "mine"], epochs, 8)
         runs[3] = run_of("mine", 2, errors={depth: [1] * 4 for depth in ("12", "6")})
         with pytest.raises(UserError, match="seed 2: test .* depth 6 12, with seed 1"):
-            tables(runs, ["static12", "mine"], epochs)
+            tables(runs, ["static12", "mine"], epochs, 8)
 
     def test_a_budget_may_lack_the_deepest_model(self):
         """Its cost is known from the shorter run."""
         names = ["static12", "mine"]
         runs = [run_of("static12"), run_of("mine", epochs=16)]
-        text = tables(runs, names, {"total": dict.fromkeys(names, 16)})
+        text = tables(runs, names, {"total": dict.fromkeys(names, 16)}, 8)
         (row,) = (line for line in text.splitlines() if "1600" in line)
         cells = [cell.strip() for cell in row.split("|")]
         assert cells[1:-1] == ["mine", "1", "16", "1600", "12.0", "2.00", "2.00"]
 
+    def test_longer_and_shorter_runs_leave_the_unit_as_it_is(self):
+        """It is --epochs of the deepest model, as a reference has them."""
+        names = ["static12", "mine"]
+        mine = run_of("mine", reference="exp/asr_static12_e8")
+        for epochs in (4, 16):
+            runs = [run_of("static12", epochs=epochs), mine]
+            text = tables(runs, names, {"total": {"static12": 16, "mine": 8}}, 8)
+            row = next(line for line in text.splitlines() if "| mine" in line)
+            assert [c.strip() for c in row.split("|")][-3:-1] == ["1.00", "2.00"]
+
     def test_need_the_deepest_model(self):
         with pytest.raises(UserError, match="no run of static10 yet"):
-            tables(self.runs(), ["static10"], {"steps": {"static10": 8}})
+            tables(self.runs(), ["static10"], {"steps": {"static10": 8}}, 8)
 
 
 class TestCommand:

@@ -15,6 +15,7 @@ from dldkit.errors import UserError
 from dldkit.report import plot, results, tables
 from dldkit.report.report import render
 from dldkit.report.scoring import Score, read_text
+from dldkit.step import digest
 
 SOURCE = "AN4, real recordings"
 MODEL = "valid.loss.ave.pth"
@@ -66,6 +67,28 @@ def test_scores_of_each_decoded_depth(decoded):
     assert (two.depth, two.words.error_rate) == (2, 2 / 4)
     assert four.characters.totals()["err"] == 1
     assert four.interval[0] <= 1 / 4 <= four.interval[1]
+
+
+@pytest.mark.parametrize("name", ["depth2", "threshold0.5"])
+def test_text_of_an_older_model_is_refused(decoded, name):
+    """Of a depth, and of early stopping."""
+    exp = decoded / "exp/dld"
+    (exp / "model.pth").write_text("new")
+    thresholds = exp / "tag/exit_thresholds/thresholds.json"
+    thresholds.parent.mkdir()
+    thresholds.write_text("[0.5]")
+    done = exp / "tag" / name / "test" / ".done"
+    done.parent.mkdir(parents=True, exist_ok=True)
+
+    def check(*model):
+        files = {"asr_model_file": found for found in model}
+        done.write_text(json.dumps({"files": files}))
+        results.refuse_older(exp, "tag", "model.pth", ["test"], [4, 2])
+
+    check()
+    check(digest(exp / "model.pth"))
+    with pytest.raises(UserError, match=f"{name}/test/text is of another model .*12"):
+        check("of another one")
 
 
 def test_what_was_not_decoded_counts_as_deletions_and_is_listed(decoded):

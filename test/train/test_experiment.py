@@ -66,6 +66,24 @@ class TestAgain:
         assert epochs_of(directory) == 4
         assert "changed: max_epoch: 3 -> 4" in caplog.text
 
+    def test_other_options_for_what_has_ended_are_refused(self, begun, capsys):
+        """Its config would say that it was trained with them."""
+        directory, training = begun
+        before = (directory / "config.yaml").read_bytes()
+        for changes in (
+            dict(optim_conf=dict(lr=0.5)),
+            dict(encoder_conf=dict(keep_prob=0.9)),
+            dict(max_epoch=2),
+        ):
+            last = error_of(training(**changes), capsys)
+            assert (
+                f"{directory}: this training has ended, and {min(changes)} is" in last
+            )
+        assert (directory / "config.yaml").read_bytes() == before
+        main(training(keep_nbest_models=1, model_conf=dict(valid_depths=[4])))
+        main(training(optim_conf=dict(lr=0.5), max_epoch=4))
+        assert epochs_of(directory) == 4
+
     def test_early_stopping_is_an_end(self, corpus, tmp_path):
         """ESPnet's own would train one epoch more each time."""
         command = corpus.training(

@@ -63,6 +63,11 @@ def run(
     model = find_upstream(upstream)
     settings = {"upstream": model.identity, "args": list(task_args)}
     steps = []
+    for task in set(TASKS) - set(tasks):  # which the table puts beside these
+        for directories in finished_of(task, output_dir).values():
+            for directory in directories:
+                of_model = {"upstream": model.identity}
+                _refuse_others(directory, of_model, options_of(directory))
     for task in tasks:
         for directories in finished_of(task, output_dir).values():
             for directory in directories:  # of other rates, with which these compete

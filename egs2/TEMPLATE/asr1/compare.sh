@@ -86,12 +86,13 @@ begin_with_shorter() { # begin_with_shorter SYSTEM EPOCHS SEED
     if [ "$2" -le "${epochs}" ] || [ -e "${longer}" ] || [ ! -e "${shorter}/.done" ]; then
         return 0
     fi
-    local scheduler
-    scheduler=$(python3 -m dldkit.bin.merge_config "${shorter}/config.yaml" --select scheduler)
-    case ${scheduler} in
-        None | warmuplr | noamlr)
+    local trained_by
+    trained_by=$(python3 -m dldkit.bin.merge_config "${shorter}/config.yaml" --select trainer scheduler | xargs)
+    case ${trained_by} in
+        "resumable None" | "resumable warmuplr" | "resumable noamlr")
             log "${longer} goes on where ${shorter} ends"
             cp -r "${shorter}" "${longer}.$$" &&
+                rm -rf "${longer}.$$/compared" && # what the shorter one recognised
                 mv "${longer}.$$" "${longer}"
             ;;
     esac
@@ -123,7 +124,7 @@ run_all() { # run_all SYSTEM...: what is missing of them, ${jobs} runs at a time
             fi
         done <<<"${planned}"
     done | awk '!seen[$0]++' |
-        xargs -r -P "${jobs}" -L 1 bash -c 'set -euo pipefail; one_run "$@"' _
+        xargs -r -P "${jobs}" -L 1 bash -c 'set -euo pipefail; one_run "$@"' "$0"
 }
 export -f run_recipe reference_of begin_with_shorter one_run file_of compare log die
 export asr_config depths deepest dumpdir epochs expdir results run_opts

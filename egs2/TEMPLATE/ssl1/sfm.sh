@@ -115,12 +115,10 @@ if [ -z "${sfm_tag}" ]; then
     sfm_tag+=${train_shar:+_$(basename "${train_shar}")}
 fi
 sfm_exp=${expdir}/sfm_${sfm_tag}
-sfm_stats_dir=${expdir}/sfm_stats # of the data alone, so that systems share them
 trained_on=${train_shar:-${train_set}}
-if [ -n "${train_shar}" ]; then # only the validation set is prepared
-    train_set=${valid_set}
-    sfm_stats_dir+=_${valid_set}
-fi
+if [ -n "${train_shar}" ]; then train_set=${valid_set}; fi # nothing else is prepared
+# of the data alone, so that systems share them
+sfm_stats_dir=${expdir}/sfm_stats_${train_set}_${valid_set}_cut${segment_seconds}
 data_feats=${dumpdir}/raw
 data_type=sound
 if [[ ${audio_format} == *.ark ]]; then data_type=kaldi_ark; fi
@@ -185,6 +183,22 @@ export_model() { # export_model DIR [options of sfm_export]...
     shift
     "${python}" -m dldkit.bin.sfm_export --model_file "${sfm_exp}/${inference_model}" \
         --config "${sfm_exp}/config.yaml" --output_dir "${dir}" "$@"
+}
+
+export_models() {
+    local depth
+    stage_needs "${sfm_exp}/${inference_model}" "stage 11"
+    export_model "${sfm_exp}/hf"
+    for depth in ${export_depths}; do
+        export_model "${sfm_exp}/hf_depth${depth}" \
+            --depth "${depth}" ${selector:+--selector "${selector}"}
+    done
+}
+
+export_what_changed() { # where stage 12 is not run, its exports may be of another model
+    if [ "${stage}" -gt 12 ] && [ -e "${sfm_exp}/${inference_model}" ]; then
+        export_models >/dev/null
+    fi
 }
 
 list_exports() { # exports: the directories that stage 12 makes
@@ -290,15 +304,11 @@ fi
 
 if run_stage 12; then
     log "Stage 12: Export: ${sfm_exp}/hf"
-    stage_needs "${sfm_exp}/${inference_model}" "stage 11"
-    export_model "${sfm_exp}/hf"
-    for depth in ${export_depths}; do
-        export_model "${sfm_exp}/hf_depth${depth}" \
-            --depth "${depth}" ${selector:+--selector "${selector}"}
-    done
+    export_models
 fi
 
 if run_stage 13 "${skip_eval}"; then
+    export_what_changed
     case ${probe} in
         probe)
             log "Stage 13: Probe scores: ${sfm_exp}/RESULTS.md"
@@ -320,6 +330,7 @@ card_dir=${sfm_exp}/huggingface
 
 if run_stage 14 "${skip_packing}"; then
     log "Stage 14: Pack: ${packed}"
+    export_what_changed
     stage_needs "${sfm_exp}/hf/config.json" "stage 12"
     list_exports
     pack ssl "${sfm_exp}" "${inference_model}" --exports "${exports[@]##*/}"
@@ -327,6 +338,7 @@ fi
 
 if run_stage 15 "${skip_upload}"; then
     log "Stage 15: Model card and files: ${card_dir}"
+    export_what_changed
     stage_needs "${sfm_exp}/hf/config.json" "stage 12"
     rm -rf "${card_dir}"
     mkdir -p "${card_dir}"

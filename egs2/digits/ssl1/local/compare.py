@@ -186,6 +186,29 @@ def grid_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     ]
 
 
+def settings(args: argparse.Namespace) -> None:
+    """Note what all runs of a directory share, or compare it with what is noted.
+
+    Raises:
+        UserError: they are of another teacher, or of other options.
+    """
+    file = args.results / "settings.json"
+    now = {name: getattr(args, name) for name in ("sfm_args", "run_opts", "teacher")}
+    noted = read_json(file)
+    for name, value in now.items():
+        is_given = value or name != "teacher"  # a table can be made without it
+        if noted and is_given and noted[name] != value:
+            raise UserError(
+                f"{args.results} has runs with {name} {noted[name]!r}, not {value!r}: "
+                f"choose another --results and --expdir (or, where both are the same "
+                f"thing, correct {file})"
+            )
+    if not noted:
+        args.results.mkdir(exist_ok=True)
+        with atomic(file) as new:
+            new.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+
+
 def load(results: Path, runs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Return what is recorded of the systems, and of `MODELS`; others are left out."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -223,6 +246,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
     for name, text in (
+        ("settings", "note what all runs share, or refuse other settings"),
         ("rate", "print the learning rate of a system's trainings"),
         ("record", "write what runs gave to files"),
         ("table", "put the table into a README"),
@@ -230,6 +254,10 @@ def get_parser() -> argparse.ArgumentParser:
         add = commands.add_parser(name, help=text).add_argument
         text = "directory of these files, and of step_time.json"
         add("--results", type=Path, required=True, help=text)
+        if name == "settings":
+            for option in ("teacher", "sfm_args", "run_opts"):
+                add(f"--{option}", required=True, help="of compare.sh")
+            continue
         if name != "table":
             add("--expdir", type=Path, required=True, help="directory of all runs")
         if name == "rate":
@@ -246,7 +274,9 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Do what the command says."""
     args = get_parser().parse_args(cmd)
-    if args.what == "rate":
+    if args.what == "settings":
+        settings(args)
+    elif args.what == "rate":
         print(best_rate(args.expdir, args.results, args.system))
     elif args.what == "table":
         write_table(args)

@@ -21,7 +21,7 @@ stage=1  # first stage to run
 stop_stage=5  # last stage to run
 systems="full interleave_eql interleave_prop1 stackbert stackbert_last gradstack gradstack_last midas midas_last every_depth static9 static6 static3"  # to compare, full first
 seeds="1"  # seeds of every training
-more_seeds="2 3"  # further seeds of --more_seeds_for
+more_seeds="1000 2000"  # further seeds of --more_seeds_for; ESPnet adds the epoch to them
 more_seeds_for="full interleave_eql gradstack every_depth static9 static6 static3"  # systems that are trained with these as well
 learning_rates="0.002 0.004 0.008"  # that stage 2 tries for each system; empty: that of the config
 grid_epochs=10  # epochs of stage 2's trainings; their lowest validation loss decides
@@ -29,7 +29,8 @@ probe_seeds="0 1 2"  # seeds of the probe's heads
 nj=2  # trainings at a time; two systems side by side see the same machine
 num_threads=1  # threads of each training
 expdir=exp/compare  # directory of all runs
-results=results  # directory of the files of what they gave, and of step_time.json
+results=results  # directory of the files of what they gave, and of step_time.json; another one
+    # for another TEACHER, --sfm_args or --run_opts
 sfm_args=  # more options of every training, e.g. "--max_epoch 20"
 run_opts=  # more options of run.sh for every run, e.g. "--local_data_opts '--unlabelled none'"
 
@@ -92,10 +93,23 @@ done
 mapfile -t missing < <(unrecorded "${runs[@]}")
 mkdir -p "${expdir}/log"
 pids=() # of what `start` began
+words_of_run=()
+eval "words_of_run=(${run_opts})"
+for word in "${words_of_run[@]}"; do
+    case ${word%%=*} in
+        --dumpdir | --expdir | --seed | --sfm_args | --sfm_tag | --system | --teacher)
+            die "--run_opts ${run_opts}: ${word%%=*} is what a comparison chooses; use its" \
+                "own options, and TEACHER"
+            ;;
+    esac
+done
+# a file of results says nothing of them
+compare settings --teacher "$(basename "${TEACHER}")" --sfm_args "${sfm_args}" \
+    --run_opts "${run_opts}"
 
 if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then
     log "Stage 1: data and cached targets"
-    run_recipe "${runs[0]}" --stage 1 --stop_stage 10
+    run_recipe "${runs[0]}" --stage 1 --stop_stage 10 --sfm_args "${sfm_args}"
 fi
 if [ "${stage}" -le 2 ] && [ "${stop_stage}" -ge 2 ] && [ -n "${learning_rates}" ]; then
     log "Stage 2: learning rates, trainings of ${grid_epochs} epochs"
