@@ -166,6 +166,9 @@ def test_settings_with_commas_and_colons_give_a_name_that_espnet_takes(tmp_path)
     words = ["--stage", 12, "--stop_stage", 12, "--asr_args", drawn]
     text = shell("./run.sh", *words, cwd=recipe, status=1)
     assert "exp/asr_early_exit_half_raw_char_encoder_confdepth_sampler4-1_2-1/" in text
+    words += ["--lang", "cy"]  # whose tokens are others
+    text = shell("./run.sh", *words, cwd=recipe, status=1)
+    assert "exp/asr_early_exit_half_raw_cy_char_encoder_conf" in text
 
 
 def test_all_stages_of_mini_an4(an4):

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Optional
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dldkit.config_files import merge_files
 from dldkit.errors import report_user_errors
@@ -22,6 +22,7 @@ from dldkit.report.comparison import (
     load_runs,
     mean_depth,
     record,
+    refuse_other_training,
     static_depth,
     tables,
 )
@@ -100,8 +101,10 @@ def _add_configs(add) -> None:
 
 
 def _config(args: argparse.Namespace, system: str) -> DictConfig:
-    """Return the training config of a system that is no static model."""
+    """Return the training config of a system; its depth apart, if it is static."""
     config, *directories = args.configs
+    if static_depth(system):
+        return merge_files([str(config)])
     return merge_files([str(config), *files_of_system("system", system, directories)])
 
 
@@ -147,16 +150,21 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     if args.what == "record":
         run = record(args.exp, args.inference_tag, args.name, args.seed, args.data_root)
         run.save(args.output)
-    elif args.what == "reference":
-        for system in args.systems.split():
+        return
+    systems = args.systems.split()
+    if args.what == "reference":
+        for system in systems:
             print(_reference(args, system, args.deepest))
-    elif args.what == "epochs":
-        runs = load_runs(args.results)
+        return
+    runs = load_runs(args.results)
+    for system in systems:
+        config = OmegaConf.to_container(_config(args, system))
+        refuse_other_training(runs, system, config)
+    if args.what == "epochs":
         for budget in args.budgets:
-            for system in args.systems.split():
+            for system in systems:
                 print(system, _epochs(args, runs, system, args.deepest, budget))
     else:
-        systems, runs = args.systems.split(), load_runs(args.results)
         budgets = {
             budget: {s: _epochs(args, runs, s, systems[0], budget) for s in systems}
             for budget in args.budgets

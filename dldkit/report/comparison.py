@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
@@ -16,7 +16,7 @@ from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
 from dldkit.report.report import environment
 from dldkit.report.results import refuse_older
-from dldkit.report.scoring import Score, score_files
+from dldkit.report.scoring import Score, score_files, symbols_of
 from dldkit.report.tables import markdown, spread
 from dldkit.step import atomic
 
@@ -26,6 +26,10 @@ BUDGETS = {  # what trainings have in common, and how it is called in the tables
     "arithmetic": "arithmetic",
     "total": "arithmetic, the reference's included",
 }
+
+
+TRAINING = "optim optim_conf scheduler scheduler_conf accum_grad grad_clip"
+TRAINING += " batch_type batch_size batch_bins"
 
 
 @dataclass
@@ -39,6 +43,8 @@ class Run:
         words: of each utterance, by test set.
         errors: of each utterance, by test set and depth.
         conf: options of encoder and model that it was trained with.
+        training: options of its optimiser and batches; files from before there was
+            this have none.
     """
 
     system: str
@@ -51,6 +57,7 @@ class Run:
     errors: dict[str, dict[str, list[int]]]
     conf: dict[str, Any]
     environment: dict[str, str]
+    training: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the run to a file of a few kilobytes."""
@@ -112,7 +119,7 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
     for text in sorted((exp / inference_tag).glob("depth*/*/text")):
         depth, test_set = text.parts[-3].removeprefix("depth"), text.parts[-2]
         data_dir = test_set_dir(data_root, test_set)
-        score: Score = score_files(data_dir / "text", text)[0]
+        score: Score = score_files(data_dir / "text", text, symbols_of(exp))[0]
         words[test_set] = score.lengths.tolist()
         errors.setdefault(test_set, {})[depth] = score.errors.tolist()
     if not errors:
@@ -149,7 +156,31 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
         errors=errors,
         conf=conf,
         environment=environment(),
+        training={name: getattr(train_args, name) for name in TRAINING.split()},
     )
+
+
+def refuse_other_training(
+    runs: Sequence[Run], system: str, config: Mapping[str, Any]
+) -> None:
+    """Refuse runs of a system that another training config made.
+
+    Raises:
+        UserError: naming the run, and what differs.
+    """
+    for run in runs:
+        for name in TRAINING.split() if run.system == system else ():
+            found, wanted = run.training.get(name), config.get(name)
+            if None in (found, wanted):
+                continue
+            if isinstance(wanted, Mapping):  # ESPnet adds the defaults of the others
+                found = {key: found.get(key) for key in wanted}
+            if found != wanted:
+                raise UserError(
+                    f"{system}, {run.epochs} epochs, seed {run.seed}: it was trained "
+                    f"with {name} {found}, and --asr_config has {wanted}: choose "
+                    "another --results"
+                )
 
 
 def _layers_of_step(epoch: Mapping[str, Any], layers: int) -> float:

@@ -19,6 +19,7 @@ from dldkit.report.scoring import (
     bootstrap_interval,
     not_decoded,
     score_files,
+    symbols_of,
 )
 
 # espnet and torch are imported by what measures costs, so that --help is quick.
@@ -176,7 +177,8 @@ def collect_stopped(
 
 def _scores(data_dir: Path, text: Path, seed: int):
     """Return the scores of a decoded text, the interval, and what is not decoded."""
-    words, characters = score_files(data_dir / "text", text)
+    symbols = symbols_of(text.parents[3])
+    words, characters = score_files(data_dir / "text", text, symbols)
     interval = bootstrap_interval(words, BOOTSTRAP_SAMPLES, seed)
     return words, characters, interval, not_decoded(data_dir, text.parent)
 

@@ -6,11 +6,12 @@ They are kept per utterance, because the interval resamples utterances.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence, Union
+from typing import Collection, Sequence, Union
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
+from dldkit.config_files import BARE_NAMES
 from dldkit.data.datadir import DROPPED_TEXT, read_table
 from dldkit.errors import UserError
 
@@ -142,13 +143,25 @@ def score_texts(
     return Score(utt_ids, *counts)
 
 
+def symbols_of(exp: Union[str, Path]) -> list[str]:
+    """Return the non-linguistic symbols that an experiment was trained with."""
+    file = Path(exp) / BARE_NAMES["non_linguistic_symbols"]
+    return file.read_text(encoding="utf-8").split() if file.is_file() else []
+
+
 def score_files(
-    reference_file: Union[str, Path], hypothesis_file: Union[str, Path]
+    reference_file: Union[str, Path],
+    hypothesis_file: Union[str, Path],
+    symbols: Collection[str] = (),
 ) -> tuple[Score, Score]:
     """Score a decoded ``text`` against the reference ``text``: (words, characters).
 
     Utterances that stage 3 dropped (``dropped_text`` beside the reference) count as
     deletions: a system that can not read a recording does not get it for nothing.
+
+    Args:
+        symbols: what is no word, and left out on both sides, as in ESPnet's scoring;
+            and with it an utterance that has nothing else.
 
     Raises:
         UserError: see `read_text` and `check_keys`.
@@ -160,6 +173,16 @@ def score_files(
         texts = read_text(dropped)
         references.update(texts)
         hypotheses.update(dict.fromkeys(texts, ""))
+    if symbols:
+        references, hypotheses = (
+            {
+                utt: " ".join(word for word in text.split() if word not in symbols)
+                for utt, text in texts.items()
+            }
+            for texts in (references, hypotheses)
+        )
+        references = {utt: text for utt, text in references.items() if text}
+        hypotheses = {utt: hypotheses[utt] for utt in references}
     return (
         score_texts(references, hypotheses, "word"),
         score_texts(references, hypotheses, "character"),

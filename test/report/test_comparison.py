@@ -307,6 +307,20 @@ class TestCommand:
             "| ", "|"
         )
 
+    @pytest.mark.parametrize("what", ["table --output x --command x", "epochs"])
+    def test_refuses_runs_of_another_training(self, recorded, tmp_path, what, capsys):
+        """Of another learning rate, which the names of their files do not tell."""
+        other = {**config(), "optim": "adam", "optim_conf": {"lr": 0.5}}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(other))
+        command = f"{what} --results {recorded.parent} --epochs 3 --budgets steps "
+        command += f"--configs {tmp_path}/c.yaml --systems static4"
+        if what == "epochs":
+            command += " --deepest static4"
+        with pytest.raises(SystemExit):
+            compare.main(command.split())
+        wanted = "static4, 3 epochs, seed 7: it was trained with optim"
+        assert wanted in capsys.readouterr().err
+
     def test_tells_epochs_of_equal_cost(self, recorded, tmp_path, capsys):
         macs = {str(depth): 40 + 10 * depth for depth in range(1, 5)}
         run = {**json.loads(recorded.read_text()), "macs": macs}

@@ -11,6 +11,7 @@ from dldkit.report.scoring import (
     read_text,
     score_files,
     score_texts,
+    symbols_of,
 )
 
 
@@ -176,3 +177,16 @@ def test_score_files_scores_words_and_characters(tmp_path):
     words, characters = score_files(tmp_path / "ref", tmp_path / "hyp")
     assert words.error_rate == 1 / 3
     assert characters.error_rate == 4 / 10  # " two" of "one two" and "six"
+
+
+def test_symbols_that_are_no_words_are_not_scored(tmp_path):
+    """On neither side; `[unk]` alone is no utterance."""
+    (tmp_path / "ref").write_text("u1 [unk] one two\nu2 [unk]\nu3 six [NOISE]\n")
+    (tmp_path / "hyp").write_text("u1 one two\nu2 one\nu3 six\n")
+    (tmp_path / "nlsyms.txt").write_text("[unk]\n[NOISE]\n")
+    files, symbols = (tmp_path / "ref", tmp_path / "hyp"), symbols_of(tmp_path)
+    words, characters = score_files(*files, symbols)
+    assert words.utt_ids == ("u1", "u3")
+    assert words.error_rate == characters.error_rate == 0
+    assert score_files(*files)[0].error_rate == 3 / 6
+    assert symbols_of(tmp_path / "elsewhere") == []

@@ -72,6 +72,14 @@ def run(
         for directories in finished_of(task, output_dir).values():
             for directory in directories:  # of other rates, with which these compete
                 _refuse_others(directory, settings, options_of(directory))
+        if task == "asv":  # no dev set says which one the table is to have
+            (rate,) = rates.get(task, [None])
+            others = set(finished_of(task, output_dir))
+            if others - {directory_of(task, output_dir, rate)}:
+                raise UserError(
+                    f"{output_dir} has ASV of another learning rate, and ASV has no "
+                    "dev set to choose on: remove it, or choose another --output_dir"
+                )
         folds = er_folds if TASKS[task].folds else [None]
         for rate, fold in product(rates.get(task, [None]), folds):
             directory = directory_of(task, output_dir, rate)

@@ -154,6 +154,7 @@ filter_options=(
 
 tokens=${token_type}
 if [ "${token_type}" == bpe ]; then tokens=bpe_${bpemode}${nbpe}; fi
+if [ "${lang}" != en ]; then tokens=${lang}_${tokens}; fi # one recipe may have several
 token_list=data/token_list/${tokens}/tokens.txt
 if [ -n "${start_from}" ]; then
     tokens=${start_name}

@@ -69,6 +69,10 @@ def test_finished_task_is_kept_and_another_upstream_refused(
     finished(directory / "lr0.1", other, options=dict(lr=0.1), accuracy=0.5)
     with pytest.raises(UserError, match="ks/lr0.1 is from another upstream or other"):
         run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
+    shutil.rmtree(directory / "lr0.1")
+    finished(tmp_path / "pr", other, accuracy=0.5)  # it would be in the same row
+    with pytest.raises(UserError, match="pr is from another upstream"):
+        run(["ks"], upstream, tmp_path, corpora, tmp_path / "lists")
 
 
 @NEEDS_S3PRL
