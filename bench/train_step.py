@@ -144,9 +144,9 @@ class System:
         """Return the medians of as many equally likely parts of the drawn depths."""
         if self.sampler.is_full:
             return [self.full_depth]
-        shares = self.sampler.share_of_each_depth(self.full_depth).values()
-        reached = list(itertools.accumulate(shares))
-        middles = [(part + 0.5) / draws for part in range(draws)]
+        weights = self.sampler.weight_of_each_depth(self.full_depth).values()
+        reached = list(itertools.accumulate(weights))
+        middles = [(part + 0.5) / draws * reached[-1] for part in range(draws)]
         return [1 + bisect.bisect_left(reached, middle) for middle in middles]
 
     def loss(self, depth: int) -> torch.Tensor:
