@@ -20,7 +20,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from dldkit.asr.loading import load_asr_model
-from dldkit.asr.speech import refuse_missing_speech, speech_source, utterance_ids
+from dldkit.asr.speech import readable_speech, speech_source, utterance_ids
 from dldkit.depth.profile import (
     CalibratedDepth,
     DepthProfile,
@@ -172,8 +172,7 @@ def _read(
 
     Those that are too short for the encoder are left out.
     """
-    sources = [speech_source(data_dir)]
-    refuse_missing_speech(sources[0][0], sources[0][2])
+    sources = [readable_speech(data_dir)]
     if (Path(data_dir) / "text").is_file():
         sources.append((str(Path(data_dir) / "text"), "text", "text"))
     preprocess = ASRTask.build_preprocess_fn(train_args, False)

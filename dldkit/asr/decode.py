@@ -14,7 +14,7 @@ import torch
 
 from dldkit.asr.inference import Speech2Text, inference, read_options
 from dldkit.asr.loading import profile_of, without_espnets_news
-from dldkit.asr.speech import refuse_missing_speech, speech_source, utterance_ids
+from dldkit.asr.speech import readable_speech, speech_source, utterance_ids
 from dldkit.asr.stopping import thresholds_on
 from dldkit.data.datadir import read_lengths, read_table
 from dldkit.depth.profile import DepthProfile
@@ -109,8 +109,7 @@ def decode_depths(
         decodings, jobs = [], []
         # two processes that ask for the same must lock in the same order
         for data_dir in sorted(map(Path, data_dirs)):
-            source = speech_source(data_dir)
-            refuse_missing_speech(source[0], source[2])
+            readable_speech(data_dir)  # or it is refused, before anything is decoded
             for kind, of_kind in kinds.items():
                 stops = "--exit_threshold" in of_kind
                 decoding = Decoding(

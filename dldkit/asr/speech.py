@@ -66,6 +66,17 @@ def refuse_missing_speech(scp: Union[str, Path], data_type: str) -> None:
             raise UserError(f"{scp}: {utt} is no audio: {error}") from None
 
 
+def readable_speech(data_dir: Union[str, Path]) -> tuple[str, str, str]:
+    """Return what `speech_source` does, if its first entry can be opened.
+
+    Raises:
+        UserError: see `refuse_missing_speech`.
+    """
+    source = speech_source(data_dir)
+    refuse_missing_speech(source[0], source[2])
+    return source
+
+
 class SpeechReader:
     """Reads utterances, preprocessed as the model's training did (without noise).
 
@@ -75,10 +86,8 @@ class SpeechReader:
     """
 
     def __init__(self, data_dir: Union[str, Path], train_args: argparse.Namespace):
-        source = speech_source(data_dir)
-        refuse_missing_speech(source[0], source[2])
         self.dataset = ESPnetDataset(
-            [source],
+            [readable_speech(data_dir)],
             preprocess=ASRTask.build_preprocess_fn(train_args, False),
         )
 

@@ -116,10 +116,11 @@ def record(exp: Path, inference_tag: str, name: str, seed: int, data_root: Path)
 
     errors: dict[str, dict[str, list[int]]] = {}
     words: dict[str, list[int]] = {}
+    symbols = symbols_of(exp)
     for text in sorted((exp / inference_tag).glob("depth*/*/text")):
         depth, test_set = text.parts[-3].removeprefix("depth"), text.parts[-2]
         data_dir = test_set_dir(data_root, test_set)
-        score: Score = score_files(data_dir / "text", text, symbols_of(exp))[0]
+        score: Score = score_files(data_dir / "text", text, symbols)[0]
         words[test_set] = score.lengths.tolist()
         errors.setdefault(test_set, {})[depth] = score.errors.tolist()
     if not errors:
@@ -168,8 +169,8 @@ def refuse_other_training(
     Raises:
         UserError: naming the run, and what differs.
     """
-    for run in runs:
-        for name in TRAINING.split() if run.system == system else ():
+    for run in (run for run in runs if run.system == system):
+        for name in TRAINING.split():
             found, wanted = run.training.get(name), config.get(name)
             if None in (found, wanted):
                 continue

@@ -21,9 +21,9 @@ from dldkit.report.scoring import (
     score_files,
     symbols_of,
 )
+from dldkit.step import digest
 
 # espnet and torch are imported by what measures costs, so that --help is quick.
-from dldkit.step import digest
 
 
 @dataclass
@@ -141,7 +141,7 @@ def collect_scores(
                 )
             for depth, text in decoded:
                 if depth not in left_out:
-                    scores = _scores(data_dir, text, seed)
+                    scores = _scores(exp, data_dir, text, seed)
                     results.append(Result(system, test_set, depth, *scores))
     if missing := [str(d) for d in depths if d not in {r.depth for r in results}]:
         logging.warning(f"nothing is decoded at depth {' '.join(missing)}: left out")
@@ -168,17 +168,16 @@ def collect_stopped(
                     continue
                 depths = read_table(text.with_name("depth"))
                 depths = [int(depth) for depth in depths.values()]
-                scores = _scores(data_dir, text, seed)
+                scores = _scores(exp, data_dir, text, seed)
                 result = Result(system, test_set, mean(depths), *scores)
                 result.threshold, result.depths = threshold, depths
                 results.append(result)
     return results
 
 
-def _scores(data_dir: Path, text: Path, seed: int):
+def _scores(exp: Path, data_dir: Path, text: Path, seed: int):
     """Return the scores of a decoded text, the interval, and what is not decoded."""
-    symbols = symbols_of(text.parents[3])
-    words, characters = score_files(data_dir / "text", text, symbols)
+    words, characters = score_files(data_dir / "text", text, symbols_of(exp))
     interval = bootstrap_interval(words, BOOTSTRAP_SAMPLES, seed)
     return words, characters, interval, not_decoded(data_dir, text.parent)
 

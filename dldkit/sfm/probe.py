@@ -112,9 +112,11 @@ def run_probes(
     )
     table = _table(results, items, seeds)
     made_by = f"\nMade by `{command}`.\n" if command else ""
-    texts_of = {"probe.json": json.dumps(report, indent=1) + "\n"}
-    texts_of["RESULTS.md"] = f"{table}\n{made_by}"
-    for file, text in texts_of.items():
+    files = {
+        "probe.json": json.dumps(report, indent=1) + "\n",
+        "RESULTS.md": f"{table}\n{made_by}",
+    }
+    for file, text in files.items():
         with atomic(output_dir / file) as new:
             new.write_text(text, encoding="utf-8")
     return table

@@ -106,8 +106,7 @@ def _refuse_relabelling(step: Step) -> None:
     before = done.get("options") if isinstance(done, dict) else None
     if before is None:
         return
-    options = [_without_selection(o) for o in (before, step.description["options"])]
-    old, new = options
+    old, new = map(_without_selection, (before, step.description["options"]))
     more = [name for name in EXTENDING if new.get(name) != old.get(name)]
     if more and (new.get("max_epoch") or 0) >= (old.get("max_epoch") or 0):
         return

@@ -62,16 +62,13 @@ def run(
     tasks, roots = check_tasks(tasks, corpora, dscore, rates)
     model = find_upstream(upstream)
     settings = {"upstream": model.identity, "args": list(task_args)}
-    steps = []
-    for task in set(TASKS) - set(tasks):  # which the table puts beside these
+    for task in TASKS:  # of other rates, too, and those that are in the same row
+        wanted = settings if task in tasks else {"upstream": model.identity}
         for directories in finished_of(task, output_dir).values():
             for directory in directories:
-                of_model = {"upstream": model.identity}
-                _refuse_others(directory, of_model, options_of(directory))
+                _refuse_others(directory, wanted, options_of(directory))
+    steps = []
     for task in tasks:
-        for directories in finished_of(task, output_dir).values():
-            for directory in directories:  # of other rates, with which these compete
-                _refuse_others(directory, settings, options_of(directory))
         if task == "asv":  # no dev set says which one the table is to have
             (rate,) = rates.get(task, [None])
             others = set(finished_of(task, output_dir))

@@ -130,17 +130,10 @@ export -f run_recipe reference_of begin_with_shorter one_run file_of compare log
 export asr_config depths deepest dumpdir epochs expdir results run_opts
 # what there is not is refused before any training
 all_references=$(reference_of "${systems}")
-words_of_run=()
-eval "words_of_run=(${run_opts})"
-for word in "${words_of_run[@]}"; do
-    case ${word%%=*} in
-        --asr_args | --asr_config | --asr_tag | --expdir | --dumpdir | --feats_type | \
-            --inference_depths | --seed | --system)
-            die "--run_opts ${run_opts}: ${word%%=*} is what a comparison chooses; use its" \
-                "own options, or write what holds for all systems into --asr_config"
-            ;;
-    esac
-done
+refuse_run_opts "${run_opts}" \
+    "use its own options, or write what holds for all systems into --asr_config" \
+    --asr_args --asr_config --asr_tag --expdir --dumpdir --feats_type --inference_depths \
+    --seed --system
 mkdir -p "${expdir}/log" "${results}"
 
 if [ "${stage}" -le 1 ] && [ "${stop_stage}" -ge 1 ]; then

@@ -19,6 +19,17 @@ die() {
     exit 1
 }
 
+refuse_run_opts() { # refuse_run_opts RUN_OPTS ADVICE NAME...: what a comparison chooses
+    local run_opts=$1 advice=$2 words=() word
+    shift 2
+    eval "words=(${run_opts})"
+    for word in "${words[@]}"; do
+        if [[ " $* " == *" ${word%%=*} "* ]]; then
+            die "--run_opts ${run_opts}: ${word%%=*} is what a comparison chooses; ${advice}"
+        fi
+    done
+}
+
 _option_line='^([a-z_][a-z0-9_]*)=.*  # (.*)$'
 
 _print_help() {

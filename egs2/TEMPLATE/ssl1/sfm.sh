@@ -195,12 +195,6 @@ export_models() {
     done
 }
 
-export_what_changed() { # where stage 12 is not run, its exports may be of another model
-    if [ "${stage}" -gt 12 ] && [ -e "${sfm_exp}/${inference_model}" ]; then
-        export_models >/dev/null
-    fi
-}
-
 list_exports() { # exports: the directories that stage 12 makes
     local depth
     exports=("${sfm_exp}/hf")
@@ -305,10 +299,11 @@ fi
 if run_stage 12; then
     log "Stage 12: Export: ${sfm_exp}/hf"
     export_models
+elif [ "${stage}" -gt 12 ] && [ -e "${sfm_exp}/${inference_model}" ]; then
+    export_models >/dev/null # those that are there may be of another model
 fi
 
 if run_stage 13 "${skip_eval}"; then
-    export_what_changed
     case ${probe} in
         probe)
             log "Stage 13: Probe scores: ${sfm_exp}/RESULTS.md"
@@ -330,7 +325,6 @@ card_dir=${sfm_exp}/huggingface
 
 if run_stage 14 "${skip_packing}"; then
     log "Stage 14: Pack: ${packed}"
-    export_what_changed
     stage_needs "${sfm_exp}/hf/config.json" "stage 12"
     list_exports
     pack ssl "${sfm_exp}" "${inference_model}" --exports "${exports[@]##*/}"
@@ -338,7 +332,6 @@ fi
 
 if run_stage 15 "${skip_upload}"; then
     log "Stage 15: Model card and files: ${card_dir}"
-    export_what_changed
     stage_needs "${sfm_exp}/hf/config.json" "stage 12"
     rm -rf "${card_dir}"
     mkdir -p "${card_dir}"

@@ -93,16 +93,8 @@ done
 mapfile -t missing < <(unrecorded "${runs[@]}")
 mkdir -p "${expdir}/log"
 pids=() # of what `start` began
-words_of_run=()
-eval "words_of_run=(${run_opts})"
-for word in "${words_of_run[@]}"; do
-    case ${word%%=*} in
-        --dumpdir | --expdir | --seed | --sfm_args | --sfm_tag | --system | --teacher)
-            die "--run_opts ${run_opts}: ${word%%=*} is what a comparison chooses; use its" \
-                "own options, and TEACHER"
-            ;;
-    esac
-done
+refuse_run_opts "${run_opts}" "use its own options, and TEACHER" \
+    --dumpdir --expdir --seed --sfm_args --sfm_tag --system --teacher
 # a file of results says nothing of them
 compare settings --teacher "$(basename "${TEACHER}")" --sfm_args "${sfm_args}" \
     --run_opts "${run_opts}"
