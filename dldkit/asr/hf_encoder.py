@@ -14,7 +14,7 @@ from dldkit.asr.encoder import ExitingEncoder
 from dldkit.depth.layers import optimizer_steps
 from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
-from dldkit.hf_options import check_values
+from dldkit.hf_options import check_values, refuse_without_transformers
 from dldkit.options import sampling_rate
 from dldkit.signature import checked_options
 
@@ -327,11 +327,7 @@ def weight_files(model: Union[str, Path]) -> list[Path]:
 
 
 def _families():
-    try:
-        from dldkit.asr import hf_families
-    except ImportError as error:
-        raise UserError(
-            "encoder: ld_hf needs transformers: run tools/install.sh, or pip install "
-            f"'dldkit[sfm]' ({error})"
-        ) from error
+    refuse_without_transformers("encoder: ld_hf")
+    from dldkit.asr import hf_families
+
     return hf_families

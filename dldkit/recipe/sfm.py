@@ -1,6 +1,7 @@
 """The options of sfm.sh."""
 
 import os
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -59,8 +60,13 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     seconds = OmegaConf.select(config, "collate_fn_conf.max_seconds")
     settings["segment_seconds"] = str(15.6 if seconds is None else seconds)
     settings["teacher_layers"] = " ".join(map(str, flat_layers(teacher_layers)))
-    if options["probe"] == "superb" and runs(options, 13):
-        _check_superb(options)
+    if runs(options, 13):
+        checks = {
+            "probe": _check_probe,
+            "superb": _check_superb,
+            "none": lambda _: None,
+        }
+        checks[options["probe"]](options)
     return settings
 
 
@@ -83,19 +89,40 @@ def _check_shar(options: Mapping[str, str], config: DictConfig) -> None:
         )
 
 
+def _parse(
+    options: Mapping[str, str], name: str, parser: ArgumentParser, of_the_recipe: str
+) -> Namespace:
+    """Read what an option gives to a command of stage 13, or refuse it in one line.
+
+    Args:
+        of_the_recipe: what the recipe gives to it besides.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"--{name}: {message}")
+
+    command = name.removesuffix("_args")
+    parser.error = refuse
+    parser.print_help = lambda: refuse(
+        f"see python3 -m dldkit.bin.sfm_{command} --help"
+    )
+    return parser.parse_args(of_the_recipe.split() + words_of(options, name))
+
+
+def _check_probe(options: Mapping[str, str]) -> None:
+    from dldkit.bin.sfm_probe import get_parser
+
+    needed = "--upstream x=x --digits x x --strings x x --output_dir x"
+    _parse(options, "probe_args", get_parser(), needed)
+
+
 def _check_superb(options: Mapping[str, str]) -> None:
     from dldkit.bin.sfm_superb import get_parser
     from dldkit.sfm.superb.checks import check_tasks, fetch_lists
     from dldkit.sfm.superb.tasks import CORPORA
 
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"--superb_args: {message}")
-
-    parser = get_parser()
-    parser.error = refuse  # in one line
-    parser.print_help = lambda: refuse("see python3 -m dldkit.bin.sfm_superb --help")
-    words = "--upstream=x --upstream_name=x --output_dir=x".split()  # of stage 13
-    args = parser.parse_args(words + words_of(options, "superb_args"))
+    needed = "--upstream=x --upstream_name=x --output_dir=x"
+    args = _parse(options, "superb_args", get_parser(), needed)
     tasks, _ = check_tasks(
         args.tasks.split(),
         {name: getattr(args, name) for name in CORPORA},

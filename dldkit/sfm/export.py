@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
@@ -15,6 +16,7 @@ from dldkit.asr.loading import check_weights, read_checkpoint
 from dldkit.depth.selector import select_layers
 from dldkit.errors import UserError
 from dldkit.step import Lock
+from dldkit.train.trainer import CHECKPOINT, pending
 
 # In config.json: the slots that the layers were taken from. transformers keeps it, and
 # it tells an export, which may be written anew, from other models, which may not.
@@ -86,13 +88,20 @@ def _layers_so_far(model_file: Path) -> Optional[int]:
     Best and averaged models are of the full depth (`FullDepthReporter`).
     """
     model_file = model_file.resolve()  # latest.pth is a link to the epoch's
-    resume = model_file.with_name("checkpoint.pth")
     epoch = re.fullmatch(r"(\d+)epoch\.pth", model_file.name)
-    if not epoch or not resume.is_file():
+    if not epoch:
         return None
-    states = torch.load(resume, map_location="cpu", weights_only=True)
-    stats = states["reporter"]["stats"].get(int(epoch[1]), {}).get("valid", {})
-    return round(float(stats["depth"])) if "stage" in stats else None
+    resume = model_file.with_name(CHECKPOINT)
+    for file in (
+        pending(resume),
+        resume,
+    ):  # in this order: the first becomes the second
+        with suppress(FileNotFoundError):
+            states = torch.load(file, map_location="cpu", weights_only=True)
+            stats = states["reporter"]["stats"].get(int(epoch[1]), {}).get("valid", {})
+            if "stage" in stats:
+                return round(float(stats["depth"]))
+    return None
 
 
 def export_student(

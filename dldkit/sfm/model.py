@@ -1,5 +1,6 @@
 """Distillation of a speech foundation model into a student of variable depth."""
 
+import functools
 import logging
 from typing import Any, Mapping, Optional, Sequence, Union
 
@@ -166,7 +167,9 @@ class SFMDistillModel(AbsESPnetModel):
         self._shares_cnn = False
         self._loaded: set[torch.nn.Module] = set()
         for part in (self.student.feature_extractor, self.student.encoder.layers):
-            part.register_load_state_dict_post_hook(self._remember_loading)
+            remember = functools.partial(self._remember_loading, part)
+            for module in part.modules():  # init_param may name one of them
+                module.register_load_state_dict_pre_hook(remember)
 
     def forward(
         self,
@@ -322,9 +325,22 @@ class SFMDistillModel(AbsESPnetModel):
                 self._second = open_teacher(self.second_path, layers, device)
         return self._teacher
 
-    def _remember_loading(self, part: torch.nn.Module, _: Any) -> None:
-        """Know what was resumed or initialised: it is not the teacher's turn."""
-        self._loaded.add(part)
+    def _remember_loading(
+        self,
+        part: torch.nn.Module,
+        module: torch.nn.Module,
+        states: Mapping[str, Any],
+        prefix: str,
+        *_: Any,
+    ) -> None:
+        """Know what was resumed or initialised: it is not the teacher's turn.
+
+        ESPnet loads all parts of a model, those that init_param leaves out as they are.
+        """
+        for name, weight in module.named_parameters(recurse=False):
+            loaded = states.get(prefix + name)
+            if loaded is not None and not torch.equal(loaded.to(weight), weight):
+                self._loaded.add(part)
 
     def _is_loaded(self, part: torch.nn.Module, option: str) -> bool:
         is_loaded = part in self._loaded

@@ -126,7 +126,7 @@ class _Checkpoint:
 
     def __init__(self, options: TrainerOptions, distributed_option: DistributedOption):
         self.path = Path(options.output_dir) / CHECKPOINT
-        self.pending = _pending(self.path)
+        self.pending = pending(self.path)
         self.is_ours = (
             not distributed_option.distributed or distributed_option.dist_rank == 0
         )
@@ -172,7 +172,8 @@ class _Checkpoint:
                 link.symlink_to(model.name)
 
 
-def _pending(checkpoint: Path) -> Path:
+def pending(checkpoint: Path) -> Path:
+    """Return where a checkpoint waits until its epoch is complete."""
     return checkpoint.with_name(checkpoint.name + ".pending")
 
 
@@ -185,7 +186,7 @@ def _atomic_saves() -> Iterator[None]:
         if not isinstance(path, (str, Path)):  # a buffer
             return save(states, path, *args, **kwargs)
         path = Path(path)
-        with atomic(_pending(path) if path.name == CHECKPOINT else path) as part:
+        with atomic(pending(path) if path.name == CHECKPOINT else path) as part:
             save(states, part, *args, **kwargs)
 
     with patched(torch, "save", save_atomically):

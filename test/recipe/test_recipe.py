@@ -141,6 +141,8 @@ BAD_SFM = """
 --export_depths 13 | the encoder has 12 layers, so choose depths from 1
 --inference_model valid.acc.ave.pth | will not make it; .* valid.loss.ave.pth
 --probe superb | SUPERB has nothing to run: name the directory
+--probe_args "--seeds a" | --probe_args: argument --seeds: 'a': write numbers
+--probe_args "--help" | see python3 -m dldkit.bin.sfm_probe --help
 --probe superb --superb_args "--tasks pr" | (PR needs a corp|SUPERB needs .*install)
 --probe superb --superb_args "--tasks nope" | --tasks nope: choose from pr ks
 --probe superb --superb_args "--lr pr" | --superb_args: argument --lr: 'pr': write

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from espnet2.torch_utils.device_funcs import to_device
+from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 
 from dldkit.errors import UserError
 from dldkit.sfm.data import CropCollateFn
@@ -138,6 +139,7 @@ def test_the_teacher_hears_what_is_masked_for_the_student(
     student = {**NO_DROPOUT, "feat_proj_dropout": 0.0}
     whole = make(directory, student, **options)
     model = make(directory, {**student, **MASKS}, **options)
+    whole.open_teacher("cpu")  # which may give it a CNN
     seen = []
     for m in whole, model:
         m.loss.register_forward_pre_hook(lambda _, args: seen.append(args))
@@ -350,6 +352,19 @@ def test_a_resumed_run_keeps_the_cnn_that_it_trained(make, wave_teacher, batch):
     resumed.load_state_dict(model.state_dict())
     resumed.eval()(**batch)
     assert same(cnn(resumed), trained)
+
+
+def test_what_init_param_leaves_out_is_still_the_teachers(make, wave_teacher, tmp_path):
+    """ESPnet loads the whole model again, though the file has one part of it."""
+    teacher, directory = wave_teacher()
+    states = make(None, student=TWIN, seed=1).student.encoder.layers[0].state_dict()
+    torch.save(states, tmp_path / "layer.pth")
+    model = make(directory, student=TWIN, cnn_init="teacher", layer_init=[1])
+    path = f"{tmp_path}/layer.pth::student.encoder.layers.0"
+    load_pretrained_model(path, model, ignore_init_mismatch=False)
+    model.open_teacher("cpu")
+    assert same(cnn(model), teacher.feature_extractor.state_dict())
+    assert same(snapshot(model.student.encoder.layers[0]), states)
 
 
 @pytest.mark.parametrize("wrong", [dict(conv_dim=[4] * 7), dict(conv_bias=True)])

@@ -353,6 +353,11 @@ def test_exports_no_layers_that_had_not_grown_yet(trained, training, tmp_path):
     with pytest.raises(UserError, match="latest.pth: the student had grown to 2 layer"):
         export(latest, hf)
     assert export(latest, hf, depth=2, selector="prefix") == (0, 1)
+    # killed between the epoch's model and its checkpoint
+    checkpoint = tmp_path / "exp" / "checkpoint.pth"
+    checkpoint.rename(checkpoint.with_name("checkpoint.pth.pending"))
+    with pytest.raises(UserError, match="latest.pth: the student had grown to 2 layer"):
+        export(latest, hf)
     assert export(trained / "latest.pth", hf) == (0, 1, 2, 3)
 
 
