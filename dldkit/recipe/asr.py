@@ -9,7 +9,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dldkit.config_files import merge_files
-from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
 from dldkit.hf_options import check_schedule, check_values
 from dldkit.options import exit_thresholds, named_twice, sampling_rate
@@ -17,6 +16,7 @@ from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
     check_checkpoint,
     depths_to_run,
+    exits_of,
     is_open,
     training_config,
 )
@@ -223,11 +223,7 @@ def _early_stopping(options: Mapping[str, str], config: DictConfig) -> dict[str,
     """
     text = options["exit_thresholds"]
     thresholds = parsed(exit_thresholds, options, "exit_thresholds")
-    exits = depths_of_exits(
-        OmegaConf.select(config, "encoder_conf.exits") or (),
-        _num_layers(config),
-        OmegaConf.select(config, "encoder_conf.layer_choice") or "random",
-    )
+    exits = exits_of(config, "encoder_conf", _num_layers(config))
     reason = ""
     if not exits:
         reason = f"{options['system']} has no exits; early_exit_half and anytime have"

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dldkit.config_files import merge_files
+from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
 from dldkit.options import depth_list
 from dldkit.recipe.values import by_name, parsed, words_of
@@ -103,6 +104,13 @@ def _overrides(name: str, values: list[str]) -> DictConfig:
 def is_open(config: DictConfig, key: str) -> bool:
     """Whether the config leaves a key to the recipe, by ???."""
     return key in OmegaConf.missing_keys(config)
+
+
+def exits_of(config: DictConfig, part: str, layers: int) -> list[int]:
+    """Return the depths of the exits that `encoder_conf` or `model_conf` says."""
+    exits = OmegaConf.select(config, f"{part}.exits") or ()
+    choice = OmegaConf.select(config, f"{part}.layer_choice") or "random"
+    return depths_of_exits(exits, layers, choice)
 
 
 def depths_to_run(options: Mapping[str, str], name: str, layers: Any) -> str:

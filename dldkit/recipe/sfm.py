@@ -8,7 +8,6 @@ from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from dldkit.depth.exits import depths_of_exits
 from dldkit.errors import UserError
 from dldkit.hf_options import refuse_without_transformers
 from dldkit.options import flat_layers
@@ -16,6 +15,7 @@ from dldkit.recipe.common import check_common
 from dldkit.recipe.config import (
     check_checkpoint,
     depths_to_run,
+    exits_of,
     training_config,
 )
 from dldkit.recipe.values import runs, words_of
@@ -31,11 +31,7 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
         from transformers import HubertConfig  # which takes seconds
 
         layers = HubertConfig().num_hidden_layers
-    exits = depths_of_exits(
-        OmegaConf.select(config, "model_conf.exits") or (),
-        layers,
-        OmegaConf.select(config, "model_conf.layer_choice") or "random",
-    )
+    exits = exits_of(config, "model_conf", layers)
     depths = depths_to_run(options, "export_depths", layers)
     settings["export_depths"] = depths or " ".join(map(str, exits))
     check_checkpoint(options, "inference_model", config)
