@@ -95,6 +95,15 @@ BAD = [
     (POSTERIORS + " --reference {static} --data_dirs {dev} --ngpu 1", "ngpu 1: no GPU"),
     ("asr_train {train} --output_dir {bad}/text.txt", "it, or a part of it, is a file"),
     ("asr_train --config {bad}/no.yaml --output_dir {tmp}/new", "is no YAML file"),
+    (
+        "asr_train --output_dir {tmp}/new "
+        "--config {bad}/no_train_data_path_and_name_and_type.yaml",
+        "no train data: name them, as --train_data_path_and_name_and_type wav.scp,sp",
+    ),
+    (
+        "asr_train --output_dir {tmp}/new --config {bad}/no_train_shape_file.yaml",
+        "no lengths of the train data, .* --train_shape_file STATS/train/speech_shape",
+    ),
     (TRAIN + " --ngpu 4", "--multiprocessing_distributed true"),
     (TRAIN + " --trainer growing", "invalid choice: 'growing'"),
     (TRAIN + " --model_conf reference=/not/there", "no /not/there"),
@@ -204,6 +213,10 @@ def places(corpus, static, student, tmp_path_factory):
         model_conf=dict(reference=str(static)),
         max_epoch=1,
     )
+    config = yaml.safe_load(open(train[1]))
+    for left_out in ("train_shape_file", "train_data_path_and_name_and_type"):
+        del config[left_out]
+        (bad / f"no_{left_out}.yaml").write_text(yaml.safe_dump(config))
     sfm = {}
     for part, path in (("train", corpus.train), ("valid", corpus.dev)):
         entry = [str(path / "wav.scp"), "speech", "sound"]

@@ -68,9 +68,7 @@ def experiment(
             f"--ngpu {args.ngpu} in one process would draw other layers on each GPU: "
             "set --multiprocessing_distributed true"
         )
-    for part in ("train", "valid"):
-        for path, _, kind in getattr(args, f"{part}_{FILES[0]}"):
-            refuse_missing_speech(splits_of(path)[0], kind)
+    _refuse_missing_data(args)
     if args.dry_run:
         yield True
         return
@@ -95,6 +93,29 @@ def experiment(
         if not step.done and not args.collect_stats:
             copy_files(args)
         yield not step.done
+
+
+def _refuse_missing_data(args: argparse.Namespace) -> None:
+    """Refuse speech that is not there, and options that are left out."""
+    for part in ("train", "valid"):
+        data, shapes = (getattr(args, f"{part}_{name}") for name in FILES)
+        for path, _, kind in data:
+            refuse_missing_speech(splits_of(path)[0], kind)
+        if args.dry_run or (part == "train" and getattr(args, "train_shar", None)):
+            continue
+        if not data:
+            raise UserError(
+                f"there are no {part} data: name them, as "
+                f"--{part}_{FILES[0]} wav.scp,speech,sound"
+            )
+        own_iterator = getattr(args, f"{part}_iterator_type", None)
+        is_sequence = (own_iterator or args.iterator_type) == "sequence"
+        if is_sequence and not shapes and not args.collect_stats:
+            raise UserError(
+                f"there are no lengths of the {part} data, of which batches are made: "
+                f"say --{part}_{FILES[1]} STATS/{part}/speech_shape, which `python -m "
+                "dldkit.bin.collect_stats` writes into its --output_dir STATS"
+            )
 
 
 def _refuse_relabelling(step: Step) -> None:
