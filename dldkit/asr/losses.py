@@ -99,21 +99,20 @@ class CTCPosteriorKL(torch.nn.Module):
                 "kd_temperature needs the reference's full posteriors: collect them "
                 "without --top_k, or set kd_temperature: 1.0"
             )
-        # in float32 whatever autocast does around: logarithms of small probabilities
-        with torch.autocast(log_probs.device.type, enabled=False):
-            student, teacher = log_probs.float(), reference.log_probs.float()
-            if reference.tokens is not None:
-                tokens = reference.tokens.expand(*student.shape[:-1], -1)
-                student = _with_rest_bin(student, tokens)
-            elif self.temperature != 1.0:
-                student = (student / self.temperature).log_softmax(-1)
-                teacher = (teacher / self.temperature).log_softmax(-1)
-            weight = self._weight_of_frames(reference)
-            # what stands in the padding may be anything
-            teacher = teacher.masked_fill(weight[..., None] == 0, 0.0)
-            divergence = self._divergence(teacher.expand_as(student), student)
-            per_frame = (divergence * self.temperature**2).masked_fill(weight == 0, 0.0)
-            total = (per_frame * weight).sum((-2, -1))
+        # in float32, also under autocast: logarithms of small probabilities
+        student, teacher = log_probs.float(), reference.log_probs.float()
+        if reference.tokens is not None:
+            tokens = reference.tokens.expand(*student.shape[:-1], -1)
+            student = _with_rest_bin(student, tokens)
+        elif self.temperature != 1.0:
+            student = (student / self.temperature).log_softmax(-1)
+            teacher = (teacher / self.temperature).log_softmax(-1)
+        weight = self._weight_of_frames(reference)
+        # what stands in the padding may be anything
+        teacher = teacher.masked_fill(weight[..., None] == 0, 0.0)
+        divergence = self._divergence(teacher.expand_as(student), student)
+        per_frame = (divergence * self.temperature**2).masked_fill(weight == 0, 0.0)
+        total = (per_frame * weight).sum((-2, -1))
         if self.reduction == "utterance":
             return total / reference.lengths.numel()
         # without a frame that counts, total is 0 as well

@@ -14,17 +14,14 @@ from dldkit.errors import report_user_errors
 from dldkit.options import command_parser, parse, positive
 from dldkit.recipe.asr import reference_system
 from dldkit.recipe.config import files_of_system, is_open
-from dldkit.report.comparison import (
-    BUDGETS,
-    SAMPLES,
+from dldkit.report.comparison import BUDGETS, SAMPLES, static_depth, tables
+from dldkit.report.runs import (
     Run,
     epochs_of_equal_cost,
     load_runs,
     mean_depth,
     record,
     refuse_other_training,
-    static_depth,
-    tables,
 )
 from dldkit.step import atomic
 
