@@ -182,3 +182,18 @@ def test_refuses_an_unknown_layer_choice():
 def test_refuses_a_min_depth_above_the_layers():
     with pytest.raises(UserError, match="min_depth 4 .* 3 layers"):
         DepthSampler("uniform", min_depth=4).draw(range(3), random.Random(0))
+
+
+@pytest.mark.parametrize(
+    "options, depths",
+    [
+        (dict(depth_sampler="full", exits=2), {2, 4, 6}),
+        (dict(depth_sampler="exits", exits=[1, 4]), {1, 4, 6}),
+        (dict(depth_sampler={6: 1, 3: 2, 5: 0}, exits=[2]), {2, 3, 6}),
+        (dict(depth_sampler="uniform", exits=[2], min_depth=4), {2, 4, 5, 6}),
+        (dict(depth_sampler="full"), {1, 2, 3, 4, 5, 6}),
+    ],
+)
+def test_trained_depths_are_drawn_or_have_an_exit(options, depths):
+    sampler = DepthSampler(**options, layer_choice="prefix")
+    assert {depth for depth in range(1, 7) if sampler.trains(depth, 6)} == depths
