@@ -57,6 +57,15 @@ def test_unsorted_batches_waste_it_and_are_warned_of(samples, espnets, caplog):
     assert "cut the data to max_seconds (2 s)" in caplog.text
 
 
+def test_tells_what_a_batch_has(caplog):
+    batches, samples = [["a", "b"], ["c"]], dict(a=20, b=30, c=50)
+    with caplog.at_level("INFO"):  # heard: twice 20 samples, and 40 of 50
+        assert report_used(batches, samples, True, 40, 10) == 0.8
+    assert caplog.messages == [
+        "a batch has 4.0 s of audio on average: 80.0% of its utterances"
+    ]
+
+
 def test_batches_are_drawn_anew(samples, espnets):
     sorted_ones = espnets("sorted")
     sampler = LengthBuckets(sorted_ones, samples)
