@@ -68,6 +68,20 @@ class TestEstimate:
             assert np.allclose(statistics[name][0], mean, atol=1e-6)
             assert np.allclose(statistics[name][1], variance, rtol=1e-5)
 
+    def test_of_an_encoder_in_training_is_without_dropout(self, encoder, unpadded):
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        found = [
+            estimate(
+                encoder.train(is_training), (0, 3), unpadded, lambda b: encoder(*b)
+            )
+            for is_training in (True, False)
+        ]
+        for name, (mean, variance) in found[0].items():
+            assert torch.equal(mean, found[1][name][0])
+            assert torch.equal(variance, found[1][name][1])
+
     def test_does_not_depend_on_batches_where_frames_are_alike(self, encoder):
         """All frames count alike: not batch by batch, as running averages do."""
         x = torch.randn(1, 40, 20, generator=torch.Generator().manual_seed(0))
