@@ -56,13 +56,10 @@ def check_sfm(options: Mapping[str, str], systems: Path) -> dict[str, str]:
     seconds = OmegaConf.select(config, "collate_fn_conf.max_seconds")
     settings["segment_seconds"] = str(15.6 if seconds is None else seconds)
     settings["teacher_layers"] = " ".join(map(str, flat_layers(teacher_layers)))
-    if runs(options, 13):
-        checks = {
-            "probe": _check_probe,
-            "superb": _check_superb,
-            "none": lambda _: None,
-        }
-        checks[options["probe"]](options)
+    if options["probe"] == "probe" and runs(options, 13):
+        _check_probe(options)
+    if options["probe"] == "superb" and runs(options, 13):
+        _check_superb(options)
     return settings
 
 

@@ -92,10 +92,8 @@ def _layers_so_far(model_file: Path) -> Optional[int]:
     if not epoch:
         return None
     resume = model_file.with_name(CHECKPOINT)
-    for file in (
-        pending(resume),
-        resume,
-    ):  # in this order: the first becomes the second
+    # in this order, as the first becomes the second
+    for file in (pending(resume), resume):
         with suppress(FileNotFoundError):
             states = torch.load(file, map_location="cpu", weights_only=True)
             stats = states["reporter"]["stats"].get(int(epoch[1]), {}).get("valid", {})
