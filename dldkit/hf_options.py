@@ -42,6 +42,14 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def needs_transformers(what: str, reason: str = "") -> UserError:
+    """Return the error of what needs transformers, with how to install it."""
+    return UserError(
+        f"{what} needs transformers: run tools/install.sh, or pip install "
+        f"'dldkit[sfm]'{reason}"
+    )
+
+
 def refuse_without_transformers(what: str) -> None:
     """Refuse what needs transformers where that is not installed.
 
@@ -49,10 +57,7 @@ def refuse_without_transformers(what: str) -> None:
         UserError: saying how to install it.
     """
     if not find_spec("transformers"):
-        raise UserError(
-            f"{what} needs transformers: run tools/install.sh, or pip install "
-            "'dldkit[sfm]'"
-        )
+        raise needs_transformers(what)
 
 
 def check_schedule(scheduler_conf: Mapping[str, Any]) -> None:

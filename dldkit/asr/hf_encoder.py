@@ -14,7 +14,7 @@ from dldkit.asr.encoder import ExitingEncoder
 from dldkit.depth.layers import optimizer_steps
 from dldkit.depth.sampler import DepthSampler
 from dldkit.errors import UserError
-from dldkit.hf_options import check_values, refuse_without_transformers
+from dldkit.hf_options import check_values, needs_transformers
 from dldkit.options import sampling_rate
 from dldkit.signature import checked_options
 
@@ -327,7 +327,8 @@ def weight_files(model: Union[str, Path]) -> list[Path]:
 
 
 def _families():
-    refuse_without_transformers("encoder: ld_hf")
-    from dldkit.asr import hf_families
-
+    try:
+        from dldkit.asr import hf_families
+    except ImportError as error:  # it is missing, or too old
+        raise needs_transformers("encoder: ld_hf", f" ({error})") from error
     return hf_families

@@ -21,8 +21,6 @@ CRITERIA = [  # ESPnet's defaults
     ["train", "acc", "max"],
     ["valid", "acc", "max"],
 ]
-
-
 # options of a training, and the recipe's own that say them
 OF_THE_RECIPE = {"config": "config", "output_dir": "tag"}
 

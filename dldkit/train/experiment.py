@@ -108,9 +108,10 @@ def _refuse_missing_data(args: argparse.Namespace) -> None:
                 f"there are no {part} data: name them, as "
                 f"--{part}_{FILES[0]} wav.scp,speech,sound"
             )
-        own_iterator = getattr(args, f"{part}_iterator_type", None)
-        is_sequence = (own_iterator or args.iterator_type) == "sequence"
-        if is_sequence and not shapes and not args.collect_stats:
+        iterator = args.iterator_type
+        if part == "valid":
+            iterator = args.valid_iterator_type or iterator
+        if iterator == "sequence" and not shapes and not args.collect_stats:
             raise UserError(
                 f"there are no lengths of the {part} data, of which batches are made: "
                 f"say --{part}_{FILES[1]} STATS/{part}/speech_shape, which `python -m "
